@@ -1,0 +1,238 @@
+"""Settings: an ml_collections file from the command line, converted once into frozen dataclasses.
+
+Every field is checked here and nowhere else. An unknown key, a wrong type or a value out of range is one line that names the key.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from mmalign_jax.errors import UserError
+
+
+def setting(default: Any, *, min: float | None = None, max: float | None = None, above: float | None = None, choices: tuple = (), help: str = ""):
+    """A dataclass field with its range: `min <= value <= max`, `value > above`, or one of `choices`."""
+    metadata = {"min": min, "max": max, "above": above, "choices": choices, "help": help}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    path: str = setting("", help="Hugging Face directory of the SFT model: policy at step 0, and reference")
+    compute_dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on accelerators, float32 on CPU")
+    reference_dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="type in which the frozen trees are kept")
+    freeze: tuple[str, ...] = setting(("vision_tower",), help="parts that do not train: vision_tower, projector, decoder")
+    remat: str = setting("none", choices=("none", "full"), help="recompute each layer in the backward pass")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    path: str = setting("", help="the data set: a parquet file or directory, a jsonl file, or prepared records")
+    format: str = setting("auto", choices=("auto", "records", "rlhf_v", "rlaif_v", "trl", "scenes"))
+    cache: str = setting("", help="where imported records are kept; WORKDIR/data when empty")
+    on_bad_row: str = setting("error", choices=("error", "skip"))
+    on_long_row: str = setting("error", choices=("error", "drop", "shorten_answer"))
+    max_image_pixels: int = setting(64_000_000, min=1, help="larger images are refused before they are decoded")
+    max_image_bytes: int = setting(64_000_000, min=1)
+    prefix_tokens: int = setting(0, min=0, help="slots for images and prompt; 0: as many as the longest row needs")
+    answer_tokens: int = setting(0, min=0, help="slots for one answer; 0: as many as the longest answer needs")
+    workers: int = setting(4, min=0, help="threads that read and decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScenesConfig:
+    seed: int = setting(0, min=0)
+    sft: int = setting(8000, min=1, help="pictures of the SFT split")
+    align: int = setting(800, min=1, help="pictures of the alignment split")
+    test: int = setting(200, min=1, help="pictures of each of the two test splits")
+
+
+@dataclasses.dataclass(frozen=True)
+class PairsConfig:
+    """BDHS (arXiv 2407.02477, section 4 and Algorithm 1)."""
+
+    maker: str = setting("none", choices=("none", "bdhs"))
+    when: str = setting("offline", choices=("offline", "online"), help="online: from the current policy, between steps")
+    rho_th: float = setting(0.99, min=0.0, max=1.0, help="probability that an image token is hidden; 0.99 for about 2,880 tokens, 0.95 for 576")
+    n_iter: int = setting(5, min=1)
+    eps: float = setting(0.97, above=0.0, help="accept a rejected answer whose similarity to the reference is below this")
+    temperature: float = setting(1.0, min=0.0)
+    top_p: float = setting(1.0, above=0.0, max=1.0)
+    max_sentence_tokens: int = setting(64, min=1)
+    yes_no_swap: float = setting(0.5, min=0.0, max=1.0)
+    per_sentence: bool = setting(False, help="one record a changed sentence, with the clean answer before it as shared context")
+    similarity: str = setting("ngram", choices=("ngram",))
+    batch_size: int = setting(64, min=1)
+    seed: int = setting(0, min=0)
+    refresh: int = setting(0, min=0, help="online: steps between two draws; 0: every step")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """The objective and its hyper-parameters; None means the objective's own default. See `mmalign_jax.losses`."""
+
+    name: str = setting("dpo")
+    hyperparameters: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = setting(1e-6, min=0.0)
+    schedule: str = setting("cosine", choices=("cosine", "linear", "constant"))
+    warmup_steps: int = setting(0, min=0)
+    final_fraction: float = setting(0.0, min=0.0, max=1.0, help="learning rate at the last step, as a share of the peak")
+    weight_decay: float = setting(0.0, min=0.0)
+    b1: float = setting(0.9, min=0.0, max=1.0)
+    b2: float = setting(0.999, min=0.0, max=1.0)
+    clip_norm: float = setting(1.0, min=0.0, help="0: no clipping")
+    moment_dtype: str = setting("float32", choices=("float32", "bfloat16"), help="type of the first moment")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = setting(1000, min=1)
+    batch_size: int = setting(8, min=1, help="rows of one optimizer step, over all devices")
+    accumulate: int = setting(1, min=1, help="the step's rows are computed in this many parts")
+    seed: int = setting(0, min=0)
+    log_every: int = setting(10, min=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = setting(100, min=1)
+    keep: int = setting(2, min=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = setting(1, min=-1)
+    fsdp: int = setting(-1, min=-1)
+    tensor: int = setting(1, min=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    benchmarks: tuple[str, ...] = setting((), choices=("pope", "chair"))
+    path: str = setting("", help="records of the benchmark; the scenes' counterfactual split when data.format is scenes")
+    examples: int = setting(0, min=0, help="0: all")
+    batch_size: int = setting(64, min=1)
+    max_new_tokens: int = setting(64, min=1)
+    before: bool = setting(True, help="also measure the model at step 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    gallery: int = setting(12, min=0, help="pictures in the report's gallery")
+    tensorboard: bool = setting(True)
+    wandb: str = setting("", help="W&B project; empty: off")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    enabled: bool = setting(True)
+    dtype: str = setting("base", choices=("base", "float32", "bfloat16"), help="base: each tensor in the type of the base checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    scenes: ScenesConfig = ScenesConfig()
+    pairs: PairsConfig = PairsConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    eval: EvalConfig = EvalConfig()
+    report: ReportConfig = ReportConfig()
+    export: ExportConfig = ExportConfig()
+
+
+def from_mapping(values: Mapping[str, Any]) -> Config:
+    """Converts the nested mapping of a config file (a ConfigDict or plain dicts) and checks every value.
+
+    Raises:
+      UserError: an unknown key (with the nearest known one), a wrong type or a value out of range; the message names the key.
+    """
+    config = _record(Config, values, "config")
+    _check_across(config)
+    return config
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """The nested plain dict of a config: what `config.json` holds. `from_mapping` reads it back."""
+    plain = dataclasses.asdict(config)
+    plain["objective"] = {"name": config.objective.name, **config.objective.hyperparameters}
+    return plain
+
+
+def _check_across(config: Config) -> None:
+    if config.train.batch_size % config.train.accumulate:
+        raise UserError(f"config.train.accumulate: {config.train.accumulate} does not divide config.train.batch_size = {config.train.batch_size}")
+    if unknown := set(config.model.freeze) - {"vision_tower", "projector", "decoder"}:
+        raise UserError(f"config.model.freeze: unknown part {sorted(unknown)}; the parts are vision_tower, projector, decoder")
+    if config.optimizer.warmup_steps >= config.train.steps:
+        raise UserError(
+            f"config.optimizer.warmup_steps: {config.optimizer.warmup_steps} must be below config.train.steps = {config.train.steps}"
+        )
+
+
+def _record(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+        raise UserError(f"{where}: expected a group of settings, got {values!r}")
+    if cls is ObjectiveConfig:
+        return _objective(values, where)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    out = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"{where}.{key}: no such setting.{_nearest(key, fields)} Known: {', '.join(fields)}")
+        if dataclasses.is_dataclass(hints[key]):
+            out[key] = _record(hints[key], value, f"{where}.{key}")
+        else:
+            out[key] = _value(value, hints[key], fields[key].metadata, f"{where}.{key}")
+    return cls(**out)
+
+
+def _objective(values: Mapping[str, Any], where: str) -> ObjectiveConfig:
+    from mmalign_jax import losses  # arrays only; imported late so that reading a config does not load jax
+
+    name = values.get("name", "dpo")
+    known = losses.hyperparameters(name)
+    given = {key: value for key, value in values.items() if key != "name" and value is not None}
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(f"{where}.{key}: {name} has no such setting.{_nearest(key, known)} Known: {', '.join(known) or 'none'}")
+        given[key] = _value(value, type(known[key]), {}, f"{where}.{key}")
+    return ObjectiveConfig(name=name, hyperparameters=given)
+
+
+def _nearest(key: str, known: Any) -> str:
+    match = difflib.get_close_matches(key, list(known), n=1)
+    return f" Did you mean {match[0]}?" if match else ""
+
+
+def _value(value: Any, hint: Any, limits: Mapping[str, Any], where: str) -> Any:
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str) or not isinstance(value, (tuple, list)):
+            raise UserError(f"{where}: expected a tuple, got {value!r}")
+        return tuple(_value(item, typing.get_args(hint)[0], limits, where) for item in value)
+    if isinstance(hint, types.UnionType):
+        raise TypeError(f"{where}: settings have one type")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise UserError(f"{where}: expected {hint.__name__}, got {value!r}")
+    if limits.get("choices") and value not in limits["choices"]:
+        raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, limits['choices']))}")
+    low, high, above = limits.get("min"), limits.get("max"), limits.get("above")
+    bad = (low is not None and value < low) or (high is not None and value > high) or (above is not None and value <= above)
+    if bad or value != value:
+        wanted = [f"at least {low}" if low is not None else "", f"above {above}" if above is not None else "", f"at most {high}" if high is not None else ""]
+        raise UserError(f"{where}: {value} is out of range, must be {' and '.join(filter(None, wanted))}")
+    return value

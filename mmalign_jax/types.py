@@ -1,0 +1,188 @@
+"""The ground floor: the letters of every array shape, and the four records that travel through the system.
+
+Letters used in jaxtyping annotations throughout the package:
+
+  B  rows of a batch (one prompt, K answers)      T  tokens of a row, T = P + K R
+  P  slots for the prefix (images and prompt)     R  slots for one answer
+  K  answers of a row                             M  images of a row
+  N  image tokens of one image                    F  image features of a row, F = M N
+  D  width of the decoder                         V  vocabulary
+  H  query heads      G  key/value heads          E  width of one head
+  L  layers           S  decode lanes of a row    X  slots of a lane's own tail
+  Y  image height     W  image width              A  accumulation steps
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
+
+# Roles of a token in a row. Answer k has role FIRST_ANSWER + k.
+PAD, PREFIX, FIRST_ANSWER = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """One image (video, audio and volumes will use the same record): encoded bytes as they were found, never decoded pixels."""
+
+    kind: str
+    data: bytes
+    origin: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A piece of a turn: a text, or the index of a medium of the record. Exactly one of the two is set."""
+
+    text: str | None = None
+    media: int | None = None
+
+    def __post_init__(self):
+        if (self.text is None) == (self.media is None):
+            raise ValueError("a part holds either a text or a media index")
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    role: str
+    parts: tuple[Part, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    text: str
+    source: str = ""
+    score: float | None = None
+    critique: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+    """Response `win` is preferred to response `lose` (indices into the record's responses)."""
+
+    win: int
+    lose: int
+    weight: float = 1.0
+    margin: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceRecord:
+    """What is on disk, what importers write and what pair makers write (DESIGN section 5).
+
+    `prefs` is empty for rows that only have reference answers (SFT, or the input of a pair maker); the reference is then response 0.
+    `prefix`, when not empty, is text that starts every response and is conditioned on, not scored (per-sentence pairs).
+    """
+
+    id: str
+    media: tuple[Media, ...]
+    turns: tuple[Turn, ...]
+    responses: tuple[Response, ...]
+    prefs: tuple[Preference, ...] = ()
+    prefix: str = ""
+    meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def record_key(record_id: str) -> int:
+    """The unsigned 32-bit number under which a record's random draws are made, the same on every machine."""
+    return int.from_bytes(hashlib.sha256(record_id.encode()).digest()[:4], "little")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairBatch:
+    """Rows of `[images and prompt | answer 1 | ... | answer K]`, each region padded on its right to its own static length.
+
+    Positions of every answer go on from the end of the row's prefix; `role` says which region a token belongs to, and the
+    attention mask follows from `role` and `positions` alone.
+    """
+
+    tokens: Int[Array, "*A B T"]
+    role: Int[Array, "*A B T"]
+    positions: Int[Array, "*A B T"]
+    images: UInt8[Array, "*A B M Y W 3"]
+    image_index: Int[Array, "*A B T"]  # which of the row's F features lands here, -1 for none
+    token_weight: Float[Array, "*A B T"]  # weight of a scored token, 0 off the answers
+    record_key: UInt[Array, "*A B"]  # seed of the row's random draws
+    margin: Float[Array, "*A B"]
+    prefix_slots: int = dataclasses.field(metadata={"static": True})
+    answer_slots: int = dataclasses.field(metadata={"static": True})
+
+    @property
+    def answers(self) -> int:
+        """K, the number of answers of a row."""
+        return (self.tokens.shape[-1] - self.prefix_slots) // self.answer_slots
+
+    def first_answers(self, count: int) -> "PairBatch":
+        """The same rows with only the first `count` answers."""
+        stop = self.prefix_slots + count * self.answer_slots
+        cut = {name: getattr(self, name)[..., :stop] for name in ("tokens", "role", "positions", "image_index", "token_weight")}
+        return dataclasses.replace(self, **cut)
+
+    def with_images(self, images: UInt8[Array, "*A B M Y W 3"] | Float[Array, "*A B M Y W 3"]) -> "PairBatch":
+        return dataclasses.replace(self, images=images)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BranchStats:
+    """What an objective reads: sums of answer log-probs, by branch. A field that the objective did not declare is None.
+
+    Branch 0 is the chosen answer, branch 1 the rejected one. `*_other_image` is the chosen answer under a corrupted image.
+    """
+
+    policy: Float[Array, "B K"]
+    lengths: Float[Array, "B K"]
+    reference: Float[Array, "B K"] | None = None
+    policy_other_image: Float[Array, " B"] | None = None
+    reference_other_image: Float[Array, " B"] | None = None
+    margin: Float[Array, " B"] | None = None
+
+    @classmethod
+    def pair(
+        cls,
+        policy_chosen: Float[Array, " B"],
+        policy_rejected: Float[Array, " B"],
+        chosen_len: Float[Array, " B"],
+        rejected_len: Float[Array, " B"],
+        reference_chosen: Float[Array, " B"] | None = None,
+        reference_rejected: Float[Array, " B"] | None = None,
+        policy_chosen_other_image: Float[Array, " B"] | None = None,
+        reference_chosen_other_image: Float[Array, " B"] | None = None,
+        margin: Float[Array, " B"] | None = None,
+    ) -> "BranchStats":
+        """The record for chosen/rejected pairs, from plain arrays `[B]` of log-prob sums (nats) and lengths (tokens).
+
+        Raises:
+          ValueError: only one of the two reference arrays is given.
+        """
+        if (reference_chosen is None) != (reference_rejected is None):
+            raise ValueError("give both reference_chosen and reference_rejected, or neither")
+        stack = lambda a, b: jnp.stack([jnp.asarray(a), jnp.asarray(b)], axis=-1)  # noqa: E731
+        return cls(
+            policy=stack(policy_chosen, policy_rejected),
+            lengths=stack(chosen_len, rejected_len),
+            reference=None if reference_chosen is None else stack(reference_chosen, reference_rejected),
+            policy_other_image=policy_chosen_other_image,
+            reference_other_image=reference_chosen_other_image,
+            margin=margin,
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that training changes, and the frozen parameters beside it. Donated to the step as a whole."""
+
+    step: Int[Array, ""]
+    params: dict  # trainable
+    frozen: dict  # the same tree's other leaves; params and frozen never share a path
+    opt_state: Any
+    key: Array
+
+
+Mask = Bool[Array, "B T T"]
