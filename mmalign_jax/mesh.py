@@ -102,6 +102,11 @@ def out_sharding(*axes: str | None) -> P | None:
     return spec(*axes) if active() else None
 
 
+def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
+    """`x.reshape(shape)` whose result has these logical axes; explicit sharding wants them named where it cannot tell."""
+    return jax.numpy.reshape(x, shape, out_sharding=out_sharding(*axes))
+
+
 def batch_divisor(mesh: Mesh) -> int:
     """A batch must be a multiple of this number to be split over the mesh."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

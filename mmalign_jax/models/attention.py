@@ -1,0 +1,103 @@
+"""Attention behind two functions: packed rows, and decode lanes that share their row's cache."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mmalign_jax import mesh
+from mmalign_jax.models.config import RopeConfig
+from mmalign_jax.types import PAD, PREFIX
+
+_NEVER = -1e30  # finite, so that a row of padding, which sees nothing, is not NaN
+
+
+def packed_mask(
+    role: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    sliding_window: int | None = None,
+    visible: Bool[Array, "B T"] | None = None,
+) -> Bool[Array, "B T T"]:
+    """Who sees whom in a packed row: causal by position, and an answer sees the prefix and itself but no other answer.
+
+    The window counts positions, not slots, so that every answer sees as far back as it would alone.
+    `visible` hides keys from every query (BDHS: image tokens that the policy may not use).
+    """
+    query, key = role[:, :, None], role[:, None, :]
+    allowed = (key != PAD) & ((key == PREFIX) | (key == query))
+    allowed &= positions[:, None, :] <= positions[:, :, None]
+    if sliding_window is not None:
+        allowed &= positions[:, :, None] - positions[:, None, :] < sliding_window
+    if visible is not None:
+        allowed &= visible[:, None, :]
+    return allowed
+
+
+def rope_tables(config: RopeConfig, width: int, positions: Int[Array, "*b"]) -> tuple[Float[Array, "*b E"], Float[Array, "*b E"]]:
+    """cos and sin of the rotary angles in float32 (arXiv 2104.09864; llama3 scaling as in transformers' `modeling_rope_utils`)."""
+    inverse = config.theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    if config.kind == "linear":
+        inverse = inverse / config.factor
+    elif config.kind == "llama3":
+        wavelength = 2 * jnp.pi / inverse
+        low = config.original_max_positions / config.low_freq_factor
+        high = config.original_max_positions / config.high_freq_factor
+        blend = (config.original_max_positions / wavelength - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
+        smooth = (1 - blend) * inverse / config.factor + blend * inverse
+        inverse = jnp.where(wavelength > low, inverse / config.factor, jnp.where(wavelength < high, inverse, smooth))
+    angles = positions.astype(jnp.float32)[..., None] * inverse
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "*b H E"], cos: Float[Array, "*b E"], sin: Float[Array, "*b E"]) -> Float[Array, "*b H E"]:
+    """Rotates the two halves of every head against each other, Llama's convention."""
+    half = x.shape[-1] // 2
+    turned = jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    return x * cos[..., None, :].astype(x.dtype) + turned * sin[..., None, :].astype(x.dtype)
+
+
+def _softmax(scores: Float[Array, "*b K"], mask: Bool[Array, "*b K"]) -> Float[Array, "*b K"]:
+    return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), _NEVER), axis=-1)
+
+
+def attend(
+    query: Float[Array, "B T H E"], key: Float[Array, "B T G E"], value: Float[Array, "B T G E"], mask: Bool[Array, "B T T"]
+) -> Float[Array, "B T H E"]:
+    """Dense grouped-query attention; softmax in float32."""
+    grouped = _group(query, key.shape[-2])
+    scores = jnp.einsum("btgre,bsge->bgrts", grouped, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    weights = _softmax(scores, mask[:, None, None]).astype(value.dtype)
+    mixed = jnp.einsum("bgrts,bsge->btgre", weights, value)
+    return mesh.reshape(mixed, query.shape, "batch", None, "heads", None)
+
+
+def attend_lanes(
+    query: Float[Array, "B S H E"],
+    key: Float[Array, "B T G E"],
+    value: Float[Array, "B T G E"],
+    mask: Bool[Array, "B S T"],
+    tail_key: Float[Array, "B S X G E"],
+    tail_value: Float[Array, "B S X G E"],
+    tail_mask: Bool[Array, " X"],
+) -> Float[Array, "B S H E"]:
+    """One new token a lane: attends to the row's shared cache where `mask` allows, and to the lane's own tail.
+
+    The shared keys are read once for all lanes of a row; nothing is copied into the lanes.
+    """
+    grouped = _group(query, key.shape[-2])
+    scale = query.shape[-1] ** -0.5
+    shared = jnp.einsum("bsgre,btge->bgrst", grouped, key, preferred_element_type=jnp.float32) * scale
+    own = jnp.einsum("bsgre,bsxge->bgrsx", grouped, tail_key, preferred_element_type=jnp.float32) * scale
+    both_mask = jnp.concatenate(
+        [mask[:, None, None], jnp.broadcast_to(tail_mask, (*mask.shape[:2], tail_mask.shape[0]))[:, None, None]], axis=-1
+    )
+    weights = _softmax(jnp.concatenate([shared, own], axis=-1), both_mask).astype(value.dtype)
+    split = key.shape[1]
+    mixed = jnp.einsum("bgrst,btge->bsgre", weights[..., :split], value)
+    mixed = mixed + jnp.einsum("bgrsx,bsxge->bsgre", weights[..., split:], tail_value)
+    return mesh.reshape(mixed, query.shape, "batch", None, "heads", None)
+
+
+def _group(query: Float[Array, "B T H E"], groups: int) -> Float[Array, "B T G r E"]:
+    batch, time, heads, width = query.shape
+    return mesh.reshape(query, (batch, time, groups, heads // groups, width), "batch", None, "kv_heads", None, None)

@@ -1,0 +1,99 @@
+"""The few layers that every tower and decoder is made of, on `self.param`, so that shardings are ours.
+
+Weights rest sharded over `fsdp`. A layer casts its weight to the compute type while it is still sharded and gathers it then,
+so that the gather moves 2 bytes a weight on accelerators and only one layer is whole at a time.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mmalign_jax import mesh
+
+Init = Callable[..., Array]
+_INIT = nn.initializers.normal(0.02)  # only for shapes: weights always come from a checkpoint directory
+
+
+def gathered(weight: Array, dtype: jnp.dtype, *axes: str | None) -> Array:
+    """The weight in its compute type, whole along `fsdp`, still split along `tensor`."""
+    return mesh.constrain(weight.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
+
+
+class Linear(nn.Module):
+    """`einsum(equation, x, kernel) + bias`. `kernel_axes` name the kernel's dimensions, `out_axes` the result's."""
+
+    equation: str
+    shape: tuple[int, ...]
+    kernel_axes: tuple[str | None, ...]
+    out_axes: tuple[str | None, ...]
+    bias_shape: tuple[int, ...] = ()
+    bias_axes: tuple[str | None, ...] = ()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = gathered(self.param("kernel", _INIT, self.shape), x.dtype, *self.kernel_axes)
+        y = jnp.einsum(self.equation, x, kernel, out_sharding=mesh.out_sharding(*self.out_axes))
+        if self.bias_shape:
+            bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
+            y = y + gathered(bias, x.dtype, *self.bias_axes)
+        return y
+
+
+class Embed(nn.Module):
+    """Rows of a table by id. The table is gathered whole: a lookup in a table split by rows would reshard silently."""
+
+    rows: int
+    width: int
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        table = self.param("embedding", _INIT, (self.rows, self.width))
+        table = mesh.constrain(table.astype(dtype), None, None)
+        return table.at[ids].get(out_sharding=mesh.out_sharding("batch", None, None), mode="clip")
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32 (arXiv 1910.07467)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        return (normed * scale + bias).astype(x.dtype)
+
+
+def activation(name: str) -> Callable[[Array], Array]:
+    """The activation that a Hugging Face config calls `name`.
+
+    Raises:
+      ValueError: a name that no supported checkpoint uses.
+    """
+    table = {
+        "silu": jax.nn.silu,
+        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+        "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+        "relu": jax.nn.relu,
+    }
+    if name not in table:
+        raise ValueError(f"unknown activation {name!r}; known: {', '.join(table)}")
+    return table[name]

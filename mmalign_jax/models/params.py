@@ -1,0 +1,84 @@
+"""The parameter tree before it has values: shapes, and the sharding of every leaf."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.errors import UserError
+from mmalign_jax.models.config import LlavaConfig
+from mmalign_jax.models.decoder import Decoder
+from mmalign_jax.models.vision import Projector, VisionTower
+
+# (parent, leaf) -> logical axes, without the leading layer axis of stacked leaves. What is not here is small and replicated.
+_AXES: dict[tuple[str, str], tuple[str | None, ...]] = {
+    ("patch_embedding", "kernel"): (None, "embed"),
+    ("query", "kernel"): ("embed", "heads", None),
+    ("key", "kernel"): ("embed", "kv_heads", None),
+    ("value", "kernel"): ("embed", "kv_heads", None),
+    ("out", "kernel"): ("heads", None, "embed"),
+    ("gate", "kernel"): ("embed", "mlp"),
+    ("up", "kernel"): ("embed", "mlp"),
+    ("down", "kernel"): ("mlp", "embed"),
+    ("fc1", "kernel"): ("embed", "mlp"),
+    ("fc2", "kernel"): ("mlp", "embed"),
+    ("embed", "embedding"): ("vocab", "embed"),
+    ("head", "kernel"): ("embed", "vocab"),
+}
+
+
+def abstract_params(config: LlavaConfig, dtype: str = "float32") -> dict:
+    """The tree of `ShapeDtypeStruct`s of a model; nothing is computed."""
+
+    def build(key: jax.Array) -> dict:
+        size, width = config.vision.image_size, config.decoder.width
+        tower, projector, decoder = VisionTower(config, False), Projector(config), Decoder(config.decoder)
+        images = jnp.zeros((1, 1, size, size, 3))
+        features, tower_params = tower.init_with_output(key, images)
+        inputs, ids = jnp.zeros((1, 1, width)), jnp.zeros((1, 1), jnp.int32)
+
+        def everything(module):
+            module.embed_tokens(ids, jnp.dtype(dtype))
+            return module(inputs, ids, jnp.ones((1, 1, 1), bool))
+
+        return {
+            "vision_tower": tower_params["params"],
+            "projector": projector.init(key, features)["params"],
+            "decoder": decoder.init(key, method=everything)["params"],
+        }
+
+    # outside any mesh: one-row shapes do not divide over devices
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        shapes = jax.eval_shape(build, jax.eval_shape(lambda: jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
+
+
+def param_shardings(config: LlavaConfig, mesh: Mesh) -> dict:
+    """The sharding of every leaf. A dimension that its mesh axes do not divide stays whole.
+
+    Raises:
+      UserError: heads, MLP width or vocabulary cannot be split over the `tensor` axis.
+    """
+    tensor = mesh.shape["tensor"]
+    c = config.decoder
+    for name, size in {"heads": c.heads, "kv_heads": c.kv_heads, "mlp_width": c.mlp_width, "vision heads": config.vision.heads}.items():
+        if size % tensor:
+            raise UserError(f"config.mesh.tensor: {tensor} does not divide the model's {name} = {size}")
+
+    def leaf(path, shape: jax.ShapeDtypeStruct) -> NamedSharding:
+        names = tuple(key.key for key in path)
+        axes = _AXES.get(names[-2:], ())
+        axes = (None,) * (len(shape.shape) - len(axes)) + axes
+        wanted = mesh_lib.spec(*axes)
+        fits = [axis if size % _ways(mesh, axis) == 0 else None for size, axis in zip(shape.shape, wanted, strict=True)]
+        return NamedSharding(mesh, P(*fits))
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
+
+
+def _ways(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:
+    names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+    return math.prod(mesh.shape[name] for name in names)
