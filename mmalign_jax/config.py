@@ -10,6 +10,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from mmalign_jax.errors import UserError
 
 
@@ -22,6 +24,7 @@ def setting(default: Any, *, min: float | None = None, max: float | None = None,
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     path: str = setting("", help="Hugging Face directory of the SFT model: policy at step 0, and reference")
+    preset: str = setting("", help="sizes of a known model, for launch/aot_check.py, which needs no weights; see models/presets.py")
     compute_dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on accelerators, float32 on CPU")
     reference_dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="type in which the frozen trees are kept")
     freeze: tuple[str, ...] = setting(("vision_tower",), help="parts that do not train: vision_tower, projector, decoder")
@@ -37,8 +40,8 @@ class DataConfig:
     on_long_row: str = setting("error", choices=("error", "drop", "shorten_answer"))
     max_image_pixels: int = setting(64_000_000, min=1, help="larger images are refused before they are decoded")
     max_image_bytes: int = setting(64_000_000, min=1)
-    prefix_tokens: int = setting(0, min=0, help="slots for images and prompt; 0: as many as the longest row needs")
-    answer_tokens: int = setting(0, min=0, help="slots for one answer; 0: as many as the longest answer needs")
+    prefix_tokens: int = setting(0, min=0, help="most slots for images and prompt; a run uses as many as its longest row needs; 0: no limit")
+    answer_tokens: int = setting(0, min=0, help="most slots for one answer; 0: no limit")
     workers: int = setting(4, min=0, help="threads that read and decode")
 
 
@@ -82,7 +85,7 @@ class ObjectiveConfig:
 class OptimizerConfig:
     learning_rate: float = setting(1e-6, min=0.0)
     schedule: str = setting("cosine", choices=("cosine", "linear", "constant"))
-    warmup_steps: int = setting(0, min=0)
+    warmup_fraction: float = setting(0.0, min=0.0, max=0.9, help="share of the steps in which the learning rate rises linearly")
     final_fraction: float = setting(0.0, min=0.0, max=1.0, help="learning rate at the last step, as a share of the peak")
     weight_decay: float = setting(0.0, min=0.0)
     b1: float = setting(0.9, min=0.0, max=1.0)
@@ -152,7 +155,7 @@ class Config:
     export: ExportConfig = ExportConfig()
 
 
-def from_mapping(values: Mapping[str, Any]) -> Config:
+def from_mapping(values: Mapping[str, Any] | ConfigDict) -> Config:
     """Converts the nested mapping of a config file (a ConfigDict or plain dicts) and checks every value.
 
     Raises:
@@ -175,14 +178,10 @@ def _check_across(config: Config) -> None:
         raise UserError(f"config.train.accumulate: {config.train.accumulate} does not divide config.train.batch_size = {config.train.batch_size}")
     if unknown := set(config.model.freeze) - {"vision_tower", "projector", "decoder"}:
         raise UserError(f"config.model.freeze: unknown part {sorted(unknown)}; the parts are vision_tower, projector, decoder")
-    if config.optimizer.warmup_steps >= config.train.steps:
-        raise UserError(
-            f"config.optimizer.warmup_steps: {config.optimizer.warmup_steps} must be below config.train.steps = {config.train.steps}"
-        )
 
 
 def _record(cls: type, values: Any, where: str) -> Any:
-    if not isinstance(values, Mapping) and not hasattr(values, "items"):
+    if not isinstance(values, (Mapping, ConfigDict)):
         raise UserError(f"{where}: expected a group of settings, got {values!r}")
     if cls is ObjectiveConfig:
         return _objective(values, where)
@@ -199,7 +198,7 @@ def _record(cls: type, values: Any, where: str) -> Any:
     return cls(**out)
 
 
-def _objective(values: Mapping[str, Any], where: str) -> ObjectiveConfig:
+def _objective(values: Mapping[str, Any] | ConfigDict, where: str) -> ObjectiveConfig:
     from mmalign_jax import losses  # arrays only; imported late so that reading a config does not load jax
 
     name = values.get("name", "dpo")

@@ -75,7 +75,8 @@ class PreferenceRecord:
     """What is on disk, what importers write and what pair makers write (DESIGN section 5).
 
     `prefs` is empty for rows that only have reference answers (SFT, or the input of a pair maker); the reference is then response 0.
-    `prefix`, when not empty, is text that starts every response and is conditioned on, not scored (per-sentence pairs).
+    `prefix`, when not empty, is text that starts every response and is conditioned on, not scored (per-sentence pairs). Responses that
+    are not `complete` are cut out of a longer answer: the end-of-turn token does not follow them.
     """
 
     id: str
@@ -84,6 +85,7 @@ class PreferenceRecord:
     responses: tuple[Response, ...]
     prefs: tuple[Preference, ...] = ()
     prefix: str = ""
+    complete: bool = True
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -89,7 +89,7 @@ def attend_lanes(
     shared = jnp.einsum("bsgre,btge->bgrst", grouped, key, preferred_element_type=jnp.float32) * scale
     own = jnp.einsum("bsgre,bsxge->bgrsx", grouped, tail_key, preferred_element_type=jnp.float32) * scale
     both_mask = jnp.concatenate(
-        [mask[:, None, None], jnp.broadcast_to(tail_mask, (*mask.shape[:2], tail_mask.shape[0]))[:, None, None]], axis=-1
+        [mask[:, None, None], mesh.constrain(jnp.broadcast_to(tail_mask, (*mask.shape[:2], tail_mask.shape[0])), "batch", None, None)[:, None, None]], axis=-1
     )
     weights = _softmax(jnp.concatenate([shared, own], axis=-1), both_mask).astype(value.dtype)
     split = key.shape[1]

@@ -53,7 +53,10 @@ class _Attention(nn.Module):
         new = KeyValues(rotate(project("key", c.kv_heads, "kv_heads"), cos, sin), project("value", c.kv_heads, "kv_heads"))
         if isinstance(how, Lanes):
             new = KeyValues(_put(cache.tail.key, new.key, how.index), _put(cache.tail.value, new.value, how.index))
-            tail_mask = jnp.arange(new.key.shape[2]) <= how.index
+            slots = jnp.arange(new.key.shape[2])
+            tail_mask = slots <= how.index
+            if c.sliding_window is not None:
+                tail_mask &= how.index - slots < c.sliding_window
             mixed = attend_lanes(query, cache.shared.key, cache.shared.value, how.shared_mask, new.key, new.value, tail_mask)
         else:
             mixed = attend(query, new.key, new.value, how)

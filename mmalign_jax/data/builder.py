@@ -1,0 +1,306 @@
+"""Records on disk: a TFDS builder that writes ArrayRecord, the import that fills it, and the reader.
+
+A prepared set is a directory with
+  preference_records/1.0.0/   ArrayRecord shards and TFDS metadata (tfds.builder_from_directory reads it)
+  skipped.jsonl               the bad rows, one JSON object a line, when they were skipped
+  import.json                 fingerprint, counts, shard sizes; written last, so a directory without it is no prepared set
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
+
+from mmalign_jax.config import DataConfig
+from mmalign_jax.data import sources
+from mmalign_jax.data.bad_rows import BadRow, place_of
+from mmalign_jax.data.records import SCHEMA, from_example, to_example
+from mmalign_jax.data.sources.source import Source, stamp
+from mmalign_jax.data.validate import check_record
+from mmalign_jax.errors import DataError, UserError
+from mmalign_jax.types import PreferenceRecord
+
+_SPLIT = "train"
+_BUCKETS, _KEY_SPACE, _BUCKET_BYTES = 1000, 1 << 128, 256 << 20
+
+
+class PreferenceRecords(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder over ready-made examples (`records.to_example`), in the order in which they come."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    # Nothing is downloaded. Left alone, TFDS looks for a list of URLs, with a package that it does not declare on Python 3.9 and up.
+    url_infos = None
+
+    def __init__(self, examples: Iterable[Mapping[str, Any]] = (), **settings):
+        self._examples = examples
+        super().__init__(**settings)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        medium = tfds.features.Tensor(shape=(), dtype=np.object_)  # bytes as they are; an Image feature would decode
+        features = tfds.features.FeaturesDict({"record": tfds.features.Text(), "media": tfds.features.Sequence(medium)})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager):
+        return {_SPLIT: self._generate_examples()}
+
+    def _generate_examples(self):
+        # TFDS sorts by key, one of 1,000 buckets of the 128-bit key space at a time. Small consecutive keys would put the whole
+        # set into one bucket, and so into memory; keys that move on by a bucket every 256 MB keep the order and bound the memory.
+        written = 0
+        for index, example in enumerate(self._examples):
+            bucket = min(written // _BUCKET_BYTES, _BUCKETS - 1)
+            yield bucket * (_KEY_SPACE // _BUCKETS + 1) + index, example
+            written += len(example["record"]) + sum(map(len, example["media"]))
+
+    def _log_download_bytes(self) -> None:
+        """Nothing is downloaded."""
+
+    def _log_download_done(self) -> None:
+        """Nothing is downloaded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSet:
+    """A finished import. `read == count + sum(skipped.values())`; `skipped` counts rows by reason (`bad_rows.REASONS`)."""
+
+    dir: Path
+    count: int
+    read: int
+    skipped: Mapping[str, int]
+    fingerprint: str
+    reused: bool = False
+
+
+def prepare(config: DataConfig, source: Source, out_dir: str | Path, *, progress: Callable[[int, int], None] | None = None) -> PreparedSet:
+    """Checks every row of `source` and writes the good ones to `out_dir`, or finds that this has been done before.
+
+    An interrupted import leaves `out_dir` as it was. A set whose source or settings changed is imported again. One process may
+    prepare a directory at a time.
+
+    Args:
+      progress: called after every row with the numbers of rows read and skipped.
+
+    Raises:
+      BadRow (a DataError): the first bad row, with `config.on_bad_row == "error"`.
+      DataError: no row is usable, or a source file is damaged.
+      UserError: `out_dir` holds something that is not a prepared set.
+    """
+    out = Path(out_dir)
+    settings = [SCHEMA, source.fingerprint, config.on_bad_row, config.max_image_pixels, config.max_image_bytes]
+    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    if (done := _finished(out)) and done["fingerprint"] == fingerprint and _unchanged(done["side_files"]):
+        return _prepared(out, done, reused=True)
+    if done is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} holds other files; name a new or empty directory for the prepared records")
+
+    work, old = (out.with_name(f".{out.name}.{state}") for state in ("importing", "replaced"))
+    for leftover in (work, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        summary = _import(config, source, work, progress)
+        _write_json(work / sources.MARKER, {"fingerprint": fingerprint, **summary, "side_files": dict(source.side_files)})
+        if out.exists():
+            out.rename(old)
+        work.rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return _prepared(out, _finished(out))
+
+
+def obtain(config: DataConfig, out_dir: str | Path, *, progress: Callable[[int, int], None] | None = None) -> PreparedSet:
+    """The prepared set that `config` names: opened when `config.path` is one already, else imported to `out_dir`.
+
+    Raises:
+      UserError, DataError: see `prepare` and `sources.read`.
+    """
+    if config.format == "records" or (config.format == "auto" and sources.detect(config.path) == "records"):
+        return describe(config.path)
+    return prepare(config, sources.read(config), out_dir, progress=progress)
+
+
+def describe(directory: str | Path) -> PreparedSet:
+    """What is known about a prepared set.
+
+    Raises:
+      UserError: `directory` is not one.
+    """
+    done = _finished(Path(directory))
+    if done is None:
+        raise UserError(f"{directory} is not a set of prepared records: it has no {sources.MARKER}")
+    return _prepared(Path(directory), done)
+
+
+def _import(config: DataConfig, source: Source, work: Path, progress: Callable[[int, int], None] | None) -> dict[str, Any]:
+    counts: collections.Counter[str] = collections.Counter()
+    read = 0
+
+    def good_examples(skipped) -> Iterator[dict[str, Any]]:
+        nonlocal read
+        for outcome in _checked(source, config):
+            read += 1
+            if isinstance(outcome, BadRow):
+                if config.on_bad_row == "error":
+                    raise outcome
+                counts[outcome.reason] += 1
+                skipped.write(json.dumps({key: getattr(outcome, key) for key in ("file", "row", "reason", "problem", "mend")}) + "\n")
+            else:
+                yield outcome
+            if progress:
+                progress(read, counts.total())
+
+    with (work / "skipped.jsonl").open("w", encoding="utf-8") as skipped:
+        examples = good_examples(skipped)
+        first = next(examples, None)
+        if first is None:
+            found = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "it is empty"
+            raise DataError(f"no usable row ({found})", file=source.name, mend="Check config.data.path and config.data.format.")
+        builder = PreferenceRecords(itertools.chain([first], examples), data_dir=str(work), file_format="array_record")
+        tfds.disable_progress_bar()  # `progress` reports in its place
+        try:
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        finally:
+            tfds.display_progress_bar(True)
+            shutil.rmtree(work / "downloads", ignore_errors=True)  # TFDS makes it, empty
+    (split,) = builder.info.splits.values()
+    shards = {path.name: path.stat().st_size for path in map(Path, split.filepaths)}
+    return {"read": read, "count": split.num_examples, "skipped": dict(sorted(counts.items())), "shards": shards}
+
+
+def _checked(source: Source, config: DataConfig) -> Iterator[dict[str, Any] | BadRow]:
+    """Checks rows on `config.workers` threads (decoding releases the interpreter lock) and gives them in order."""
+    seen: set[str] = set()
+
+    def check(row: PreferenceRecord | BadRow) -> dict[str, Any] | BadRow:
+        if isinstance(row, BadRow):
+            return row
+        place = place_of(row, source.name)
+        try:
+            check_record(row, place, max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
+            return to_example(row)
+        except BadRow as error:
+            return error
+
+    def unique(row: PreferenceRecord | BadRow) -> PreferenceRecord | BadRow:
+        if isinstance(row, BadRow) or row.id not in seen:
+            seen.update(() if isinstance(row, BadRow) else (row.id,))
+            return row
+        return place_of(row, source.name).bad("duplicate_id", f"the id {row.id!r} occurs twice", "Give every record its own id.")
+
+    rows = map(unique, source.rows())
+    if config.workers == 0:
+        yield from map(check, rows)
+        return
+    with concurrent.futures.ThreadPoolExecutor(config.workers) as pool:
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        for row in rows:
+            waiting.append(pool.submit(check, row))
+            if len(waiting) > 4 * config.workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class RecordSource:
+    """Random access to the records of a prepared set. Safe to read from several threads."""
+
+    def __init__(self, prepared: PreparedSet, reader: Any, shards: list[tuple[str, int]]):
+        self.prepared = prepared
+        self._reader = reader
+        self._names = [name for name, _ in shards]
+        self._ends = np.cumsum([length for _, length in shards])
+
+    def __len__(self) -> int:
+        return self.prepared.count
+
+    def __getitem__(self, index: int) -> PreferenceRecord:
+        """The record `index`, 0 <= index < len.
+
+        Raises:
+          DataError: the shard that holds it is damaged.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        file = self._names[int(np.searchsorted(self._ends, index, side="right"))]
+        try:
+            example = self._reader[int(index)]
+        except (RuntimeError, ValueError, KeyError, IndexError, DecodeError, OSError) as error:
+            raise DataError(f"the shard is corrupt ({error})", file=file, row=str(index), mend=_again(self.prepared.dir)) from error
+        return from_example(example, file=file, row=str(index))
+
+
+def open_records(directory: str | Path) -> RecordSource:
+    """Opens a prepared set.
+
+    Raises:
+      UserError: `directory` is not one.
+      DataError: a shard or its description is missing or damaged.
+    """
+    prepared = describe(directory)
+    done = _finished(prepared.dir)
+    data = prepared.dir / PreferenceRecords.name / str(PreferenceRecords.VERSION)
+    for name, size in done["shards"].items():
+        found = (data / name).stat().st_size if (data / name).is_file() else None
+        if found != size:
+            problem = "the shard is missing" if found is None else f"the shard is corrupt: {found} bytes, {size} were written"
+            raise DataError(problem, file=str(data / name), mend=_again(prepared.dir))
+    try:
+        builder = tfds.builder_from_directory(data)
+        reader = builder.as_data_source(split=_SPLIT)
+        (split,) = builder.info.splits.values()
+        shards = list(zip(map(str, split.filepaths), split.shard_lengths, strict=True))
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise DataError(f"the description of the set is damaged ({error})", file=str(data), mend=_again(prepared.dir)) from error
+    if split.num_examples != prepared.count:
+        raise DataError(f"{split.num_examples} records, {prepared.count} were written", file=str(data), mend=_again(prepared.dir))
+    return RecordSource(prepared, reader, shards)
+
+
+def _again(directory: Path) -> str:
+    return f"Delete {directory} and import the data set again."
+
+
+def _prepared(out: Path, done: Mapping[str, Any], reused: bool = False) -> PreparedSet:
+    return PreparedSet(out, done["count"], done["read"], done["skipped"], done["fingerprint"], reused)
+
+
+def _finished(out: Path) -> dict[str, Any] | None:
+    """What `import.json` says, or None when there is no such file."""
+    file = out / sources.MARKER
+    if not file.is_file():
+        return None
+    try:
+        done = json.loads(file.read_text(encoding="utf-8"))
+        if set(done) != {"fingerprint", "read", "count", "skipped", "shards", "side_files"}:
+            raise ValueError("unknown keys")
+        return done
+    except (ValueError, TypeError) as error:
+        raise DataError(f"damaged ({error})", file=str(file), mend=_again(out)) from error
+
+
+def _unchanged(side_files: Mapping[str, list[int]]) -> bool:
+    """Whether the image files that the rows referred to are still the ones that were imported."""
+    for name, old in side_files.items():
+        file = Path(name)
+        if not file.is_file() or list(stamp(file)) != old:
+            return False
+    return True
+
+
+def _write_json(file: Path, value: Any) -> None:
+    with file.open("w", encoding="utf-8") as out:
+        json.dump(value, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())

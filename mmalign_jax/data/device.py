@@ -1,0 +1,40 @@
+"""Host batches -> global arrays on the mesh."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.types import PairBatch
+
+
+def to_device(batch: PairBatch, mesh: Mesh, *, batch_axis: int = 1) -> PairBatch:
+    """Global arrays whose rows are split over the mesh's batch axes, from the rows that this process holds.
+
+    Args:
+      batch: numpy arrays; rows of this process along `batch_axis`.
+      batch_axis: 1 for `[A, b, ...]` (training), 0 for `[b, ...]` (one pass).
+    """
+
+    def place(array: np.ndarray) -> jax.Array:
+        axes = [None] * array.ndim
+        axes[batch_axis] = "batch"
+        return jax.make_array_from_process_local_data(mesh_lib.sharding(mesh, *axes), array)
+
+    return jax.tree.map(place, batch)
+
+
+def process_slice(mesh: Mesh) -> tuple[int, int]:
+    """(index, count) for the loader: which of how many disjoint sets of rows this process feeds.
+
+    Processes that differ only in their place along `tensor` hold the same rows, so they share an index.
+    """
+    rows: dict[int, set[int]] = {}
+    grid = mesh.devices.reshape(mesh_lib.batch_divisor(mesh), -1)  # the batch axes are the mesh's leading ones
+    for row, devices in enumerate(grid):
+        for device in devices:
+            rows.setdefault(device.process_index, set()).add(row)
+    groups = sorted({tuple(sorted(part)) for part in rows.values()})
+    if sum(map(len, groups)) != len(grid) or len({len(group) for group in groups}) != 1:
+        raise ValueError(f"processes hold overlapping or uneven parts of the batch: {groups}")
+    return groups.index(tuple(sorted(rows[jax.process_index()]))), len(groups)

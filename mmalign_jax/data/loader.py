@@ -1,0 +1,167 @@
+"""Batches for training and for one ordered pass, read with Grain.
+
+The order of training rows is a function of the seed alone: step s holds rows [s B, (s + 1) B) of an endless sequence in which every
+epoch is its own shuffle, and batches run across epoch ends. Process p of n takes rows p, p + n, ... of it. So the rows of a step, and
+the saved state (how many rows are behind us), are the same for any number of processes.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from mmalign_jax.data.layout import RowProcessor, lay_out
+from mmalign_jax.data.plan import Records, RowPlan, preference_of
+from mmalign_jax.errors import UserError
+from mmalign_jax.types import PairBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class _LayOut:
+    """Item (record index, pref index) -> row. Reading and decoding happen here, on Grain's threads."""
+
+    records: Records
+    processor: RowProcessor
+    plan: RowPlan
+
+    def __call__(self, item: np.ndarray) -> dict[str, Any]:
+        record = self.records[int(item[0])]
+        return lay_out(record, preference_of(record, int(item[1])), self.processor, self.plan.layout)
+
+
+class Loader:
+    """An endless iterator of `PairBatch` with numpy arrays `[A, b, ...]`, b the rows of this process in one of A parts of a step."""
+
+    def __init__(
+        self,
+        rows: grain.MapDataset,
+        plan: RowPlan,
+        *,
+        batch_size: int,
+        accumulate: int,
+        process: tuple[int, int],
+        workers: int,
+        seed: int,
+    ):
+        self._rows, self._plan = rows, plan
+        self._batch_size, self._accumulate, self._process, self._workers = batch_size, accumulate, process, workers
+        self._identity = {"seed": seed, "items": len(plan.items)}
+        self._start(0)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> PairBatch:
+        arrays = next(self._batches)
+        self._behind += self._batch_size
+        shape = (self._accumulate, self._batch_size // (self._accumulate * self._process[1]))
+        return _batch({name: value.reshape(*shape, *value.shape[1:]) for name, value in arrays.items()}, self._plan)
+
+    def get_state(self) -> dict[str, int]:
+        """What JSON can hold: the rows that all processes together have taken, and what the order depends on."""
+        return {"rows": self._behind, **self._identity}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes to where `get_state` was called, also with another number of processes.
+
+        Raises:
+          UserError: the state belongs to another seed or another set of rows.
+        """
+        identity = {name: state.get(name) for name in self._identity}
+        if identity != self._identity or not isinstance(state.get("rows"), int):
+            raise UserError(
+                f"the saved position in the data is of another run: {identity}, this run has {self._identity}; use a new --workdir"
+            )
+        self._start(state["rows"])
+
+    def _start(self, behind: int) -> None:
+        index, count = self._process
+        self._behind = behind
+        mine = self._rows[behind + index :: count]
+        self._batches = iter(mine.to_iter_dataset(_read_options(self._workers)).batch(self._batch_size // count))
+
+
+def make_loader(
+    records: Records,
+    processor: RowProcessor,
+    plan: RowPlan,
+    *,
+    batch_size: int,
+    accumulate: int = 1,
+    seed: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 4,
+) -> Loader:
+    """The training loader over `plan.items`.
+
+    Args:
+      batch_size: rows of one optimizer step over all processes.
+      accumulate: A, the parts of a step.
+      process_index, process_count: of the processes that feed different rows (`device.process_slice`).
+      workers: threads that read and decode; 0: none.
+
+    Raises:
+      UserError: `accumulate * process_count` does not divide `batch_size`.
+    """
+    if batch_size % (accumulate * process_count):
+        raise UserError(
+            f"config.train.batch_size: {batch_size} is not a multiple of accumulate = {accumulate} times {process_count} processes"
+        )
+    shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # Grain takes 32 bits
+    rows = grain.MapDataset.source(plan.items).shuffle(shuffle_seed).repeat().map(_LayOut(records, processor, plan))
+    process = (process_index, process_count)
+    return Loader(rows, plan, batch_size=batch_size, accumulate=accumulate, process=process, workers=workers, seed=seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class PassBatch:
+    """A batch `[b, ...]` of an ordered pass. `valid bool[b]` is false on the rows that only fill the last batch;
+    `items i32[b, 2]` are the rows of `plan.items`."""
+
+    batch: PairBatch
+    valid: np.ndarray
+    items: np.ndarray
+
+
+def one_pass(
+    records: Records,
+    processor: RowProcessor,
+    plan: RowPlan,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 4,
+) -> Iterator[PassBatch]:
+    """Every row of `plan.items` once and in order, for evaluation and pair making.
+
+    The last batch is filled with copies of the last row. Process p of n gets rows p, p + n, ... of each batch.
+
+    Raises:
+      UserError: `process_count` does not divide `batch_size`.
+    """
+    if batch_size % process_count:
+        raise UserError(f"batch_size: {batch_size} is not a multiple of the {process_count} processes")
+    count = len(plan.items)
+    lay = _LayOut(records, processor, plan)
+
+    def row(index: int) -> dict[str, Any]:
+        item = plan.items[min(index, count - 1)]
+        return {**lay(item), "valid": np.bool_(index < count), "items": item}
+
+    padded = -(-count // batch_size) * batch_size
+    rows = grain.MapDataset.range(padded)[process_index::process_count].map(row)
+    for arrays in rows.to_iter_dataset(_read_options(workers)).batch(batch_size // process_count):
+        valid, items = arrays.pop("valid"), arrays.pop("items")
+        yield PassBatch(_batch(arrays, plan), valid, items)
+
+
+def _read_options(workers: int) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4 * workers)
+
+
+def _batch(arrays: dict[str, np.ndarray], plan: RowPlan) -> PairBatch:
+    return PairBatch(**arrays, prefix_slots=plan.layout.prefix_slots, answer_slots=plan.layout.answer_slots)

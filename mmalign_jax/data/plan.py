@@ -1,0 +1,136 @@
+"""Which rows are trained on, and how large a row must be: one scan over the tokens, before any pixel is decoded."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from mmalign_jax.config import DataConfig
+from mmalign_jax.data.bad_rows import place_of
+from mmalign_jax.data.layout import RowLayout, RowProcessor, RowSize, misfit, tokenize
+from mmalign_jax.errors import DataError
+from mmalign_jax.types import Preference, PreferenceRecord
+
+
+class Records(Protocol):
+    """Random access to records: a `builder.RecordSource`, or a plain list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> PreferenceRecord: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """A row that is not trained on as it is, and why."""
+
+    record_id: str
+    policy: str  # dropped_long, dropped_bad, shortened_answer
+    problem: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlan:
+    """The layout, and the rows that are laid out: `items i32[n, 2]`, record index and index into its `prefs` (-1: reference answer).
+
+    `counts` holds `rows` (all that the records have), `kept`, and by name what happened to the others:
+    `rows == kept + dropped_long + dropped_bad`; `shortened_answer` rows are kept.
+    """
+
+    layout: RowLayout
+    items: np.ndarray
+    counts: Mapping[str, int]
+    left_out: tuple[LeftOut, ...]
+    padding_fraction: float  # share of a row's token slots that are empty, on average
+
+
+def preference_of(record: PreferenceRecord, index: int) -> Preference | None:
+    return None if index < 0 else record.prefs[index]
+
+
+def measure(records: Records, processor: RowProcessor, *, answers: int, multiple: int = 8) -> RowLayout:
+    """The smallest layout that holds every row of `records`, its slots rounded up to `multiple`.
+
+    Raises:
+      DataError: see `tokenize`.
+    """
+    rows = [row for _, _, row in _rows(records, processor, answers)]
+    return _layout(rows, DataConfig(), answers, multiple)
+
+
+def plan_rows(records: Records, processor: RowProcessor, config: DataConfig, *, answers: int, multiple: int = 8) -> RowPlan:
+    """Scans all rows and decides by `config.on_long_row` and `config.on_bad_row` what becomes of those that do not fit.
+
+    Args:
+      answers: K, 2 for pairs (one row a preference), 1 for reference answers (one row a record).
+      multiple: measured slots are rounded up to it.
+
+    Raises:
+      DataError: a row that does not fit or cannot be tokenised, when the policy says error; a prefix that is too long under
+        `shorten_answer` (prefixes are never cut); no row is left.
+    """
+    left_out: list[LeftOut] = []
+
+    def refuse(error: DataError, record_id: str) -> None:
+        if config.on_bad_row == "error":
+            raise error
+        left_out.append(LeftOut(record_id, "dropped_bad", str(error)))
+
+    rows = list(_rows(records, processor, answers, refuse))
+    bad = len(left_out)
+    layout = _layout([row for _, _, row in rows], config, answers, multiple)
+
+    items, used = [], 0
+    for index, pref, row in rows:
+        if problem := misfit(row, layout):
+            record = records[index]
+            if config.on_long_row != "drop":
+                place = place_of(record)
+                mend = 'Raise config.data.prefix_tokens or answer_tokens, or set config.data.on_long_row to "drop".'
+                raise DataError(problem, file=place.file, row=place.row, mend=mend)
+            left_out.append(LeftOut(record.id, "dropped_long", problem))
+            continue
+        if row.longest > layout.answer_slots:
+            problem = f"an answer of {row.longest} tokens is cut to {layout.answer_slots}"
+            left_out.append(LeftOut(records[index].id, "shortened_answer", problem))
+        items.append((index, pref))
+        used += row.prefix + sum(min(length, layout.answer_slots) for length in row.answers)
+    if not items:
+        raise DataError("no row is left to train on", file=config.path or "records", mend="Check the data set and config.data.on_long_row.")
+    counts = {"rows": len(rows) + bad, "kept": len(items), "dropped_long": 0, "dropped_bad": 0, "shortened_answer": 0}
+    counts |= collections.Counter(row.policy for row in left_out)
+    padding = 1.0 - used / (len(items) * layout.tokens)
+    return RowPlan(layout, np.array(items, np.int32).reshape(-1, 2), counts, tuple(left_out), padding)
+
+
+def _rows(records: Records, processor: RowProcessor, answers: int, refuse=None) -> Iterator[tuple[int, int, RowSize]]:
+    """Yields (record index, pref index, size); a row that cannot be tokenised goes to `refuse`, or is raised without one."""
+    for index in range(len(records)):
+        record = records[index]
+        for pref in range(len(record.prefs)) if answers > 1 and record.prefs else (-1,):
+            try:
+                row = tokenize(record, preference_of(record, pref), processor, answers).size
+            except DataError as error:
+                if refuse is None:
+                    raise
+                refuse(error, record.id)
+            else:
+                yield index, pref, row
+
+
+def _layout(rows: Sequence[RowSize], config: DataConfig, answers: int, multiple: int) -> RowLayout:
+    def up(length: int) -> int:
+        return -(-length // multiple) * multiple
+
+    return RowLayout(
+        prefix_slots=config.prefix_tokens or up(max((row.prefix for row in rows), default=1)),
+        answer_slots=config.answer_tokens or up(max((row.longest for row in rows), default=1)),
+        answers=answers,
+        # a set of texts alone still has one (empty) image slot, so that every batch has the same fields
+        images=max([1, *(row.images for row in rows)]),
+        shorten_answers=config.on_long_row == "shorten_answer",
+        max_pixels=config.max_image_pixels,
+        max_bytes=config.max_image_bytes,
+    )

@@ -1,0 +1,91 @@
+"""PreferenceRecord <-> the example that is on disk: JSON for everything but the bytes of media, read back strictly."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mmalign_jax.errors import DataError
+from mmalign_jax.types import Media, Part, Preference, PreferenceRecord, Response, Turn
+
+SCHEMA = 1  # raised whenever the JSON below changes; older sets are imported again
+
+_STR, _INT, _FLOAT, _SCORE = (str,), (int,), (float, int), (float, int, type(None))
+_TOP = {
+    "schema": _INT, "id": _STR, "media": (list,), "turns": (list,), "responses": (list,), "prefs": (list,), "prefix": _STR, "meta": (dict,),
+}  # fmt: skip
+_MEDIA = {"kind": _STR, "origin": _STR}
+_TURN = {"role": _STR, "parts": (list,)}
+_RESPONSE = {"text": _STR, "source": _STR, "score": _SCORE, "critique": _STR}
+_PREF = {"win": _INT, "lose": _INT, "weight": _FLOAT, "margin": _FLOAT}
+
+
+def to_example(record: PreferenceRecord) -> dict[str, Any]:
+    """`{"record": JSON text, "media": list of bytes}`.
+
+    Raises:
+      ValueError, TypeError: `record.meta` holds something that JSON does not have (a NaN, an object).
+    """
+    plain = {
+        "schema": SCHEMA,
+        "id": record.id,
+        "media": [{"kind": medium.kind, "origin": medium.origin} for medium in record.media],
+        "turns": [{"role": turn.role, "parts": [_part(part) for part in turn.parts]} for turn in record.turns],
+        "responses": [dataclasses.asdict(response) for response in record.responses],
+        "prefs": [dataclasses.asdict(pref) for pref in record.prefs],
+        "prefix": record.prefix,
+        "meta": dict(record.meta),
+    }
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
+    return {"record": text, "media": [medium.data for medium in record.media]}
+
+
+def from_example(example: Mapping[str, Any], *, file: str, row: str) -> PreferenceRecord:
+    """The inverse of `to_example`. `record` may be text or UTF-8 bytes.
+
+    Raises:
+      DataError: another schema version, a missing or unknown key, or a value of the wrong type.
+    """
+    try:
+        plain = json.loads(example["record"])
+        _check(plain, _TOP, "record")
+        if plain["schema"] != SCHEMA:
+            raise ValueError(f"schema version {plain['schema']}, this release reads {SCHEMA}")
+        data = list(example["media"])
+        if len(data) != len(plain["media"]):
+            raise ValueError(f"{len(data)} media for {len(plain['media'])} descriptions")
+        return PreferenceRecord(
+            id=plain["id"],
+            media=tuple(Media(data=bytes(b), **_check(m, _MEDIA, "media")) for m, b in zip(plain["media"], data, strict=True)),
+            turns=tuple(_turn(turn) for turn in plain["turns"]),
+            responses=tuple(Response(**_check(response, _RESPONSE, "response")) for response in plain["responses"]),
+            prefs=tuple(Preference(**_check(pref, _PREF, "pref")) for pref in plain["prefs"]),
+            prefix=plain["prefix"],
+            meta=plain["meta"],
+        )
+    except (ValueError, KeyError) as error:  # JSON and UTF-8 errors are ValueErrors
+        raise DataError(f"not a preference record ({error})", file=file, row=row, mend="Import the data set again.") from error
+
+
+def _part(part: Part) -> dict[str, Any]:
+    return {"text": part.text} if part.media is None else {"media": part.media}
+
+
+def _turn(plain: Any) -> Turn:
+    _check(plain, _TURN, "turn")
+    parts = []
+    for part in plain["parts"]:
+        if not isinstance(part, dict) or len(part) != 1:
+            raise ValueError(f"a part has one key, text or media; got {part!r}")
+        _check(part, {"text": _STR} if "text" in part else {"media": _INT}, "part")
+        parts.append(Part(**part))
+    return Turn(plain["role"], tuple(parts))
+
+
+def _check(value: Any, spec: Mapping[str, tuple], name: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or set(value) != set(spec):
+        raise ValueError(f"{name}: expected the keys {sorted(spec)}")
+    for key, kinds in spec.items():
+        if not isinstance(value[key], kinds) or isinstance(value[key], bool):
+            raise ValueError(f"{name}.{key}: got {value[key]!r}")
+    return value

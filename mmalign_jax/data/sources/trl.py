@@ -1,0 +1,136 @@
+"""TRL's conversational preference rows with images, as parquet or jsonl.
+
+Rules (as in TRL, so that a set trains on the same prompts here and there):
+* a turn whose content is a plain string: when no turn names an image, all images go in front of the first user turn;
+* typed content: as many image parts as images;
+* `<image>` inside a text counts as an image part;
+* no column `prompt`: the prompt is the longest common start of chosen and rejected.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from mmalign_jax.config import DataConfig
+from mmalign_jax.data.bad_rows import BadRow, Place
+from mmalign_jax.data.sources import _single
+from mmalign_jax.data.sources.prompt import OpenTurn, Slot, close, split_tags
+from mmalign_jax.data.sources.source import MediaReader, Source, find_files, fingerprint
+from mmalign_jax.data.validate import ROLES
+from mmalign_jax.errors import DataError
+from mmalign_jax.types import Preference, PreferenceRecord, Response
+
+COLUMNS = ("prompt", "chosen", "rejected", "images", "image", "id", "idx")
+REQUIRED = ("chosen", "rejected")
+_SHAPE = "Write messages as [{role, content}], content a string or a list of text and image parts."
+
+
+def read(path: str, config: DataConfig) -> Source:
+    """The rows at `path` (a parquet or jsonl file, a pattern or a directory). Image paths are relative to each file's directory."""
+    files = find_files(path, (".parquet", ".jsonl"))
+    side_files: dict[str, tuple[int, int]] = {}
+
+    def make(place, record_id, row):
+        return _record(record_id, row, MediaReader(Path(place.file).parent, config.max_image_bytes, side_files), place)
+
+    def rows():
+        for file in files:
+            if file.suffix == ".jsonl":
+                yield from _jsonl(file, make)
+            else:
+                yield from _single.each(_single.numbered_rows([file], COLUMNS, REQUIRED), make)
+
+    return Source(path, fingerprint("trl 1", files), rows, side_files)
+
+
+def _jsonl(file: Path, make) -> Iterator[PreferenceRecord | BadRow]:
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines):
+                if not line.strip():
+                    continue
+                place = Place(str(file), str(number))
+                try:
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError("not an object")
+                except ValueError as error:
+                    yield place.bad("malformed_row", f"the line is not JSON ({error})", "Write one JSON object a line.")
+                else:
+                    yield from _single.each(iter([(place, f"{file.name}:{number}", row)]), make)
+    except OSError as error:
+        raise DataError(f"the file cannot be read ({error})", file=str(file), mend="Check its permissions.") from error
+
+
+def _record(record_id: str, row: dict, media: MediaReader, place: Place) -> PreferenceRecord:
+    chosen, rejected = (_messages(row.get(name), name, "assistant", place) for name in REQUIRED)
+    if row.get("prompt") is not None:
+        prompt = _messages(row["prompt"], "prompt", "user", place)
+    else:
+        prompt = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))]
+        if prompt and len(prompt) == len(chosen) == len(rejected):
+            raise place.bad("equal_answers", "chosen and rejected are the same conversation", "Remove the row.")
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    responses = tuple(Response(_answer(turns, name, place), source=name) for name, turns in zip(REQUIRED, (chosen, rejected), strict=True))
+    images = tuple(media.read(cell, place) for cell in _cells(row, place))
+    return PreferenceRecord(
+        id=record_id,
+        media=images,
+        turns=close(prompt, len(images), images_first=not any(turn.typed for turn in prompt), place=place),
+        responses=responses,
+        prefs=(Preference(0, 1),),
+        meta={"file": place.file, "row": place.row} | {key: str(row[key]) for key in ("id", "idx") if row.get(key) is not None},
+    )
+
+
+def _cells(row: dict, place: Place) -> list:
+    if row.get("images") is None:
+        return [] if row.get("image") is None else [row["image"]]
+    if not isinstance(row["images"], list):
+        raise place.bad("malformed_row", "images is not a list", "Give a list of images, or one image as image.")
+    return row["images"]
+
+
+def _messages(value: object, name: str, role: str, place: Place) -> list[OpenTurn]:
+    if value is None or value == [] or value == "":
+        if name == "prompt":
+            raise place.bad("malformed_row", "the prompt is empty", _SHAPE)
+        raise place.bad("no_answer", f"the row has no {name} answer", "Give the row both answers or remove the row.")
+    if isinstance(value, str):
+        return [OpenTurn(role, split_tags(value))]
+    if not isinstance(value, list):
+        raise place.bad("malformed_row", f"{name} is not a list of messages", _SHAPE)
+    return [_turn(message, name, place) for message in value]
+
+
+def _turn(message: object, name: str, place: Place) -> OpenTurn:
+    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+    if role not in ROLES:
+        raise place.bad("malformed_row", f"{name} holds a message with role {role!r}", f"Use one of {', '.join(ROLES)}.")
+    if isinstance(content, str):
+        return OpenTurn(role, split_tags(content))
+    if not isinstance(content, list):
+        raise place.bad("malformed_row", f"{name} holds a message without content", _SHAPE)
+    parts: list[str | Slot] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.extend(split_tags(part["text"]))
+        elif kind == "image" and not any(value for key, value in part.items() if key not in ("type", "text")):
+            parts.append(Slot())
+        elif kind == "image":
+            mend = 'Move it to images and leave {"type": "image"}.'
+            raise place.bad("malformed_row", f"an image part of {name} holds the image itself", mend)
+        else:
+            raise place.bad("malformed_row", f"{name} holds a part of type {kind!r}", _SHAPE)
+    return OpenTurn(role, tuple(parts), typed=True)
+
+
+def _answer(turns: list[OpenTurn], name: str, place: Place) -> str:
+    if len(turns) != 1 or turns[0].role != "assistant":
+        roles = ", ".join(turn.role for turn in turns) or "nothing"
+        raise place.bad("malformed_row", f"behind the prompt, {name} holds {roles}", "It must hold one assistant message.")
+    if any(isinstance(part, Slot) for part in turns[0].parts):
+        raise place.bad("placeholder_mismatch", f"the {name} answer holds an image", "Only prompts can show images; remove it.")
+    return _single.answer("".join(turns[0].parts), name, place)

@@ -1,0 +1,161 @@
+"""A parameter tree as a Hugging Face directory that transformers and vLLM load: the base directory with other weights."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+import mmalign_jax
+from mmalign_jax.errors import UserError
+from mmalign_jax.hf import files, names
+from mmalign_jax.hf.files import read_json, write_bytes, write_json
+from mmalign_jax.hf.import_ import match, read_config
+from mmalign_jax.hf.safetensors_dir import DTYPES, Planned, Tensor, open_weights, write_weights
+from mmalign_jax.models.config import LlavaConfig
+
+MARKER = "mmalign_export.json"  # tells a directory that may be overwritten
+_COPIED = (".json", ".jinja", ".txt", ".model")
+_DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
+
+
+def export(
+    params: Mapping[str, Any],
+    base: str | pathlib.Path,
+    out: str | pathlib.Path,
+    dtype: str = "base",
+    shard_bytes: int = 5_000_000_000,
+) -> pathlib.Path:
+    """Writes `params` over a copy of the base directory and returns the new directory.
+
+    Tensors keep the base's names and, with `dtype="base"`, types; tensors that are not in the tree are copied byte for byte. So are
+    config, tokenizer, chat template and processor files; code and pickles are left behind. The new directory appears at once, when all
+    of it is on disk. In a run of several processes all of them must call this; the first one writes.
+
+    Args:
+      params: the tree of `import_.load_params`, on any sharding and in any floating type, or of numpy arrays.
+      base: the directory that the parameters came from.
+      out: missing, empty, or an earlier export, which is replaced.
+      dtype: "base", "float32", "bfloat16" or "float16".
+      shard_bytes: largest size of one weight file.
+
+    Raises:
+      UserError: `out` holds something else, the tree does not fit the base, or a value does not fit the type.
+    """
+    base, out = pathlib.Path(base), pathlib.Path(out).absolute()
+    if dtype not in ("base", *_DTYPES):
+        raise UserError(f"export dtype {dtype!r} is not one of base, {', '.join(_DTYPES)}")
+    _check_target(base, out)
+    config = read_config(base)
+    planned = _plan(params, config, base, dtype)
+    write = jax.process_index() == 0
+    fresh = files.sibling(out)
+    if write:
+        _copy_files(base, files.make_sibling(out), config, dtype)
+    write_weights(fresh, planned, shard_bytes, write)
+    if write:
+        write_json(fresh / MARKER, {"package": "mmalign_jax", "version": mmalign_jax.__version__, "base": base.resolve().name})
+        files.move_into_place(out)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("mmalign_jax.hf.export")
+    return out
+
+
+def _check_target(base: pathlib.Path, out: pathlib.Path) -> None:
+    if out.resolve() == base.resolve():
+        raise UserError(f"{out}: the export would replace the base model; give another directory")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a directory for the export")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise UserError(f"{out}: holds files that are not an export of mmalign_jax; give an empty or new directory")
+
+
+def _plan(params: Mapping[str, Any], config: LlavaConfig, base: pathlib.Path, dtype: str) -> list[Planned]:
+    """Every tensor of the base, leaf by leaf of the tree and then the ones outside it; larger types first, which keeps them aligned."""
+    found = match(open_weights(base), config, base)
+    planned = []
+    for entry in names.entries(config):
+        leaf = names.leaf_at(params, entry.path)
+        if tuple(leaf.shape) != entry.leaf_shape:
+            raise UserError(f"parameter {'/'.join(entry.path)} has shape {tuple(leaf.shape)}, the base model asks for {entry.leaf_shape}")
+        for layer, reduced in enumerate(entry.names):
+            planned.append(_trained(entry, leaf, None if entry.layers is None else layer, *found.pop(reduced), dtype))
+            if reduced == names.EMBEDDING and config.decoder.tied_head and names.HEAD in found:
+                planned.append(_trained(entry, leaf, None, *found.pop(names.HEAD), dtype))
+    planned += [_copied(name, tensor, dtype) for name, tensor in found.values()]
+    return sorted(planned, key=lambda tensor: -tensor.dtype.itemsize)
+
+
+def _trained(entry: names.Entry, leaf: Any, layer: int | None, name: str, tensor: Tensor, dtype: str) -> Planned:
+    target = tensor.dtype if dtype == "base" else _DTYPES[dtype]
+    return Planned(name, target, tensor.shape, lambda: _cast(entry.to_hf(_on_host(leaf, layer)), target, name))
+
+
+def _copied(name: str, tensor: Tensor, dtype: str) -> Planned:
+    if dtype == "base" or tensor.dtype not in _DTYPES.values():
+        return Planned(name, tensor.dtype, tensor.shape, tensor.read)
+    target = _DTYPES[dtype]
+    return Planned(name, target, tensor.shape, lambda: _cast(tensor.read(), target, name))
+
+
+def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
+    piece = leaf if layer is None else leaf[layer]
+    if isinstance(piece, jax.Array) and not piece.is_fully_addressable:
+        piece = multihost_utils.process_allgather(piece, tiled=True)
+    return np.asarray(piece)
+
+
+def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    if values.dtype == dtype:
+        return values
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    if not np.isfinite(cast).all() and np.isfinite(values).all():
+        raise UserError(f"{name}: values up to {np.abs(values).max():.3g} do not fit {dtype}; export with dtype bfloat16 or float32")
+    return cast
+
+
+def _copy_files(base: pathlib.Path, fresh: pathlib.Path, config: LlavaConfig, dtype: str) -> None:
+    for file in sorted(base.iterdir()):
+        licence = file.name.upper().startswith(("LICENSE", "NOTICE")) and file.suffix in ("", ".md")
+        weights = file.name.endswith(".index.json") or file.name == MARKER
+        if file.is_file() and not weights and (file.suffix in _COPIED or licence):
+            write_bytes(fresh / file.name, file.read_bytes())
+    if (base / "chat_templates").is_dir():
+        (fresh / "chat_templates").mkdir()
+        for file in sorted((base / "chat_templates").glob("*.jinja")):
+            write_bytes(fresh / "chat_templates" / file.name, file.read_bytes())
+    if dtype != "base":
+        values = read_json(base / "config.json")
+        values.pop("torch_dtype", None)
+        write_json(fresh / "config.json", values | {"dtype": dtype})
+    _complete_processor(fresh, config)
+
+
+def _complete_processor(fresh: pathlib.Path, config: LlavaConfig) -> None:
+    """Writes the absent one of two files: transformers 5 writes `processor_config.json`, version 4 and llama.cpp read the other."""
+    old, new = fresh / "preprocessor_config.json", fresh / "processor_config.json"
+    if new.is_file() and not old.is_file():
+        values = read_json(new)
+        if isinstance(values.get("image_processor"), dict):
+            write_json(old, {"processor_class": "LlavaProcessor"} | values["image_processor"])
+    elif old.is_file() and not new.is_file():
+        write_json(new, {
+            "processor_class": "LlavaProcessor",
+            "image_token": _image_token(fresh, config),
+            "num_additional_image_tokens": 1,  # CLIP's class token, which the strategy "default" then takes away
+            "patch_size": config.vision.patch_size,
+            "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
+            "image_processor": read_json(old),
+        })  # fmt: skip
+
+
+def _image_token(fresh: pathlib.Path, config: LlavaConfig) -> str:
+    file = fresh / "tokenizer.json"
+    added = read_json(file).get("added_tokens", [])
+    found = [token["content"] for token in added if token["id"] == config.image_token_id]
+    if not found:
+        raise UserError(f"{file}: no added token has the id {config.image_token_id}, config.json's image token")
+    return found[0]

@@ -1,0 +1,300 @@
+"""A checkpoint's processor: images to pixels, turns and answers to token ids, as transformers' `LlavaProcessor` does, without torch.
+
+Nothing is truncated or replaced: a word without a token, or a special token written in a user's text, is an error.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+import PIL.Image
+import transformers
+from jaxtyping import Bool, Int32, UInt8
+
+from mmalign_jax.errors import DataError, UserError
+from mmalign_jax.hf.files import read_json
+from mmalign_jax.models.config import LlavaConfig
+from mmalign_jax.types import Turn
+
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*\s*$")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Answer:
+    """An answer's tokens as they follow the generation prompt; the last one ends the turn.
+
+    Args:
+      ids: token ids.
+      scored: whether a token is scored; tokens of the prefix are not.
+      spans: first and one-past-last character of each token in the answer's text; the end token has an empty span at the end.
+      word_start: whether a token starts a word of the text.
+    """
+
+    ids: Int32[np.ndarray, " R"]
+    scored: Bool[np.ndarray, " R"]
+    spans: Int32[np.ndarray, "R 2"]
+    word_start: Bool[np.ndarray, " R"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Processor:
+    """Made by `load_processor`.
+
+    Args:
+      image_token_id, image_tokens: the placeholder and how many of it one image takes.
+      size: height and width of the pixels.
+      mean, std: float32 triples; the tower sees `(pixels / 255 - mean) / std`.
+      eos_ids: tokens that end an answer; the first one is written after answers.
+      banned_ids: tokens that must never be generated: special tokens but those of `eos_ids`, and ids without a token.
+      sentence_end_ids: tokens whose text ends with a full stop, an exclamation or a question mark, closing quotes aside.
+      pad_id: fills slots that are masked; the tokenizer's padding token, or else the first of `eos_ids`.
+    """
+
+    image_token_id: int
+    image_tokens: int
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    eos_ids: tuple[int, ...]
+    banned_ids: tuple[int, ...]
+    sentence_end_ids: tuple[int, ...]
+    pad_id: int
+    _tokenizer: Any = dataclasses.field(repr=False)
+    _images: Any = dataclasses.field(repr=False)
+
+    def pixels(self, image: PIL.Image.Image) -> UInt8[np.ndarray, "Y W 3"]:
+        """Resizes and crops as the checkpoint's processor does; `mean` and `std` are for the device to apply."""
+        values = self._images.preprocess(image, do_convert_rgb=True, do_rescale=False, do_normalize=False)["pixel_values"][0]
+        pixels = np.ascontiguousarray(np.asarray(values).transpose(1, 2, 0))
+        if pixels.shape != (*self.size, 3) or pixels.dtype != np.uint8:
+            raise UserError(f"the image processor made {pixels.dtype}{pixels.shape} of an image, the model takes uint8{(*self.size, 3)}")
+        return pixels
+
+    def render(self, turns: Sequence[Turn]) -> str:
+        """The prompt as text, with one image token an image and ending where the answer begins.
+
+        Raises:
+          UserError: a text holds a special token, or the chat template refuses the turns or leaves some of them out.
+        """
+        messages = []
+        for turn in turns:
+            parts = [{"type": "image"} if part.text is None else {"type": "text", "text": self._plain(part.text)} for part in turn.parts]
+            messages.append({"role": turn.role, "content": parts})
+        text = self._template(messages, True)
+        placed, wanted = text.count(self._image_token), sum(part.text is None for turn in turns for part in turn.parts)
+        if placed != wanted:
+            raise UserError(f"the chat template wrote {placed} image placeholders for {wanted} images")
+        at = 0
+        for turn in turns:
+            for part in turn.parts:
+                if part.text is not None:
+                    found = text.find(part.text.strip(), at)
+                    if found < 0:
+                        raise UserError(f"the chat template leaves out or changes this text of a {turn.role} turn: {_short(part.text)}")
+                    at = found + len(part.text.strip())
+        return text
+
+    def prompt_ids(self, turns: Sequence[Turn]) -> Int32[np.ndarray, " P"]:
+        """Token ids of the rendered prompt: one beginning-of-sequence token where the tokenizer writes one, every image expanded.
+
+        Raises:
+          UserError: see `render`; or the tokenizer has no token for a word.
+        """
+        text = self.render(turns)
+        ids = self._encode(text)[0]
+        if self._writes_bos and not text.startswith(self._tokenizer.bos_token):
+            ids = np.concatenate([[self._tokenizer.bos_token_id], ids])
+        return np.repeat(ids, np.where(ids == self.image_token_id, self.image_tokens, 1)).astype(np.int32)
+
+    def answer(self, text: str, prefix: str = "") -> Answer:
+        """Tokenises an answer as it stands after the generation prompt and ends it.
+
+        Args:
+          text: the whole answer. It begins with `prefix`.
+          prefix: the part that is conditioned on and not scored. A token that reaches over its end is scored.
+
+        Raises:
+          UserError: the answer is empty, does not begin with the prefix, holds a special token or a word without a token, or its
+            first characters would merge with the prompt.
+        """
+        if not text.strip():
+            raise UserError("an answer is empty")
+        if not text.startswith(prefix):
+            raise UserError(f"the answer {_short(text)} does not begin with its prefix {_short(prefix)}")
+        context, lead, trimmed = self._frame(self._plain(text))
+        shift = len(text) - len(text.lstrip()) if trimmed else 0
+        body = text.strip() if trimmed else text
+        before = self._encode(context)[0]
+        ids, spans = self._encode(context + lead + body)
+        if not np.array_equal(ids[: len(before)], before):
+            raise UserError(f"the answer {_short(text)} merges with the prompt before it into other tokens")
+        ids, spans = ids[len(before) :], np.maximum(spans[len(before) :] - len(context + lead), 0) + shift
+        word_start = np.array([_starts_word(text, *span) for span in spans], bool)
+        return Answer(
+            ids=np.append(ids, self.eos_ids[0]).astype(np.int32),
+            scored=np.append((spans[:, 1] > len(prefix)), True),
+            spans=np.append(spans, [[len(text)] * 2], axis=0).astype(np.int32),
+            word_start=np.append(word_start, False),
+        )
+
+    def answer_ids(self, text: str, prefix: str = "") -> tuple[Int32[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
+        """Ids and scored mask of `answer`."""
+        answer = self.answer(text, prefix)
+        return answer.ids, answer.scored
+
+    def answer_offsets(self, text: str) -> Int32[np.ndarray, "R 2"]:
+        """Character spans of the tokens of `answer`."""
+        return self.answer(text).spans
+
+    def decode(self, ids: Sequence[int] | Int32[np.ndarray, " R"]) -> str:
+        """The text of an answer's tokens, without special tokens and surrounding space."""
+        return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+    def _template(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template refuses these turns: {error}") from error
+
+    def _plain(self, text: str) -> str:
+        for token in self._specials:
+            if token in text:
+                raise UserError(f"the text {_short(text)} holds the special token {token}; remove it (images are given as parts, not in texts)")
+        return text
+
+    def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and character spans, without the tokens that a tokenizer adds around a text."""
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, spans = np.array(encoded["input_ids"], np.int64), np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
+        unknown = self._tokenizer.unk_token_id
+        if unknown is not None and (ids == unknown).any():
+            words = dict.fromkeys(_word_at(text, *span) for span in spans[ids == unknown])
+            raise UserError(f"the tokenizer has no token for {', '.join(map(repr, list(words)[:8]))}")
+        return ids, spans
+
+    def _frame(self, answer: str) -> tuple[str, str, bool]:
+        """What the template writes before an answer: a prompt, and the space between it and the answer; and whether it trims the answer."""
+        user = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        prompt = self._template([user], True)
+        whole = self._template([user, {"role": "assistant", "content": [{"type": "text", "text": answer}]}], False)
+        after = whole.removeprefix(prompt)
+        at, trimmed = after.find(answer), False
+        if at < 0:
+            at, trimmed = after.find(answer.strip()), True
+        if len(after) == len(whole) or at < 0 or after[:at].strip():
+            raise UserError("the chat template writes an answer differently after its own generation prompt; answers cannot be placed")
+        rest = after[at + len(answer.strip() if trimmed else answer) :].strip()
+        ends = [self._tokenizer.convert_ids_to_tokens(end) for end in self.eos_ids]
+        if rest and rest not in ends:
+            raise UserError(f"the chat template ends an answer with {rest!r}, which is none of the end tokens {ends}")
+        return prompt, after[:at], trimmed
+
+    @functools.cached_property
+    def _image_token(self) -> str:
+        return self._tokenizer.convert_ids_to_tokens(self.image_token_id)
+
+    @functools.cached_property
+    def _specials(self) -> tuple[str, ...]:
+        special = (str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special)
+        return tuple(dict.fromkeys([self._image_token, *special]))
+
+    @functools.cached_property
+    def _writes_bos(self) -> bool:
+        bos = self._tokenizer.bos_token_id
+        return bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def load_processor(directory: str | pathlib.Path, config: LlavaConfig) -> Processor:
+    """Reads tokenizer, chat template and image processor. Nothing in the directory is executed, nothing is fetched.
+
+    Raises:
+      UserError: a file is missing or does not fit the model's config.
+    """
+    directory = pathlib.Path(directory)
+    tokenizer = _load_tokenizer(directory)
+    images = _load_images(directory)
+    if config.image_token_id >= len(tokenizer) or config.image_token_id not in tokenizer.added_tokens_decoder:
+        raise UserError(f"{directory}: config.json's image token {config.image_token_id} is not an added token of the tokenizer")
+    if len(tokenizer) > config.decoder.vocab_size:
+        raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.decoder.vocab_size}")
+    eos = _eos_ids(directory, tokenizer)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} | set(tokenizer.all_special_ids)
+    without_token = set(range(config.decoder.vocab_size)) - set(tokenizer.get_vocab().values())
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    ends = [token for token, text in enumerate(texts) if token not in special and _SENTENCE_END.search(text)]
+    scale = 255 * images.rescale_factor if images.do_rescale else 255
+    mean = images.image_mean if images.do_normalize else (0.0, 0.0, 0.0)
+    std = images.image_std if images.do_normalize else (1.0, 1.0, 1.0)
+    processor = Processor(
+        image_token_id=config.image_token_id,
+        image_tokens=config.image_tokens,
+        size=(config.vision.image_size,) * 2,
+        mean=tuple(float(value / scale) for value in mean),
+        std=tuple(float(value / scale) for value in std),
+        eos_ids=eos,
+        banned_ids=tuple(sorted((special | without_token | {config.image_token_id}) - set(eos))),
+        sentence_end_ids=tuple(ends),
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0],
+        _tokenizer=tokenizer,
+        _images=images,
+    )
+    processor.pixels(PIL.Image.new("RGB", (3, 2)))  # sizes that do not fit the model show here and not in the first row
+    return processor
+
+
+def _load_tokenizer(directory: pathlib.Path) -> Any:
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        read_json(directory / name)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: the tokenizer cannot be loaded ({error})") from error
+    legacy = directory / "chat_template.json"  # transformers 4 wrote it, and only its processors read it
+    if not (directory / "chat_template.jinja").is_file() and legacy.is_file():
+        tokenizer.chat_template = read_json(legacy).get("chat_template")
+    if not isinstance(tokenizer.chat_template, str):
+        raise UserError(f"{directory}: no chat template; expected chat_template.jinja")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{directory / 'tokenizer_config.json'}: the tokenizer has no eos_token")
+    return tokenizer
+
+
+def _load_images(directory: pathlib.Path) -> Any:
+    if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise UserError(f"{directory}: no image processor; expected preprocessor_config.json or processor_config.json")
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: the image processor cannot be loaded ({error})") from error
+
+
+def _eos_ids(directory: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:
+    file = directory / "generation_config.json"
+    listed = read_json(file).get("eos_token_id") if file.is_file() else None
+    listed = [] if listed is None else [listed] if isinstance(listed, int) else listed
+    if not all(isinstance(token, int) and 0 <= token < len(tokenizer) for token in listed):
+        raise DataError(f"eos_token_id {listed} is not in the tokenizer", file=str(file), mend="Give ids of the tokenizer's tokens")
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *listed]))
+
+
+def _word_at(text: str, start: int, stop: int) -> str:
+    """The part of a text between spaces that a span lies in."""
+    while start > 0 and not text[start - 1].isspace():
+        start -= 1
+    while stop < len(text) and not text[stop].isspace():
+        stop += 1
+    return text[start:stop].strip()
+
+
+def _starts_word(text: str, start: int, stop: int) -> bool:
+    start += len(text[start:stop]) - len(text[start:stop].lstrip())
+    return start < stop and text[start].isalnum() and (start == 0 or not (text[start - 1].isalnum() or text[start - 1] in "'’"))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -1,0 +1,5 @@
+"""Prefill and decode with a KV cache as argument and result; the lanes of a row share its cache."""
+
+from mmalign_jax.sampling.decode import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
+
+__all__ = ["DecodeOptions", "LaneStart", "Samples", "decode_lanes", "lane_keys"]

@@ -1,0 +1,150 @@
+"""Decode lanes: many continuations of one row, all reading the row's cache, each owning only a short tail.
+
+A lane starts behind any slot of its row. Plain generation is one lane behind the prompt; a group is G lanes there; BDHS is one lane
+a sentence, each behind its split of the clean answer.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from mmalign_jax.models.llava import Llava, Prefill
+from mmalign_jax.types import PAD, PREFIX
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeOptions:
+    """Static choices of a decode. Temperature 0 is greedy.
+
+    Args:
+      max_new_tokens: X, slots of a lane's tail.
+      temperature: divides the logits before drawing.
+      top_p: draws from the smallest set of tokens that holds this much probability (arXiv 1904.09751).
+      stop_ids: a lane ends with the first of these (end of sequence; for BDHS also the tokens that end a sentence).
+      banned_ids: never generated (image and other special tokens).
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    banned_ids: tuple[int, ...] = ()
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LaneStart:
+    """Where lanes begin: behind slot `slot` of their row. Inactive lanes generate nothing."""
+
+    slot: Int[Array, "B S"]
+    active: Bool[Array, "B S"]
+
+    @classmethod
+    def behind_prefix(cls, role: Int[Array, "B T"], lanes: int = 1) -> "LaneStart":
+        """`lanes` lanes behind every row's prefix; rows without a prefix (padding of a batch) are inactive."""
+        slot = jnp.max(jnp.where(role == PREFIX, jnp.arange(role.shape[1]), -1), axis=1, keepdims=True)
+        slot = jnp.broadcast_to(slot, (role.shape[0], lanes))
+        return cls(jnp.maximum(slot, 0), slot >= 0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What the lanes wrote: tokens up to and including the stop token, 0 behind; log-probs are of the untempered distribution."""
+
+    tokens: Int[Array, "B S X"]
+    lengths: Int[Array, "B S"]
+    logps: Float[Array, "B S X"]
+    stopped: Bool[Array, "B S"]
+
+
+def lane_keys(key: Array, record_key: UInt[Array, " B"], draw: Int[Array, " B"], lanes: int) -> Array:
+    """One random key a lane, from (seed, record, draw, lane) alone, so that a result depends on nothing else."""
+
+    def row(record: Array, number: Array) -> Array:
+        base = jax.random.fold_in(jax.random.fold_in(key, record), number)
+        return jax.vmap(lambda lane: jax.random.fold_in(base, lane))(jnp.arange(lanes))
+
+    return jax.vmap(row)(record_key, draw)
+
+
+def decode_lanes(
+    model: Llava,
+    params: dict,
+    prefill: Prefill,
+    role: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    start: LaneStart,
+    keys: Array,
+    options: DecodeOptions,
+    visible: Bool[Array, "B T"] | None = None,
+) -> Samples:
+    """Continues every active lane until it stops or its tail is full.
+
+    Args:
+      prefill: hidden states and cache of the rows, made under the same `visible`.
+      role, positions: of the rows' slots.
+      start: where lanes begin.
+      keys: one key a lane `[B S]`, see `lane_keys`.
+      visible: slots that lanes may see at all; the prefill must have been made under the same choice.
+    """
+    rows, lanes = start.slot.shape
+    take = lambda values: jnp.take_along_axis(values, start.slot, axis=1)  # noqa: E731
+    first_position, own_role = take(positions) + 1, take(role)
+    allowed = (role != PAD)[:, None] & ((role == PREFIX)[:, None] | (role[:, None] == own_role[..., None]))
+    allowed &= positions[:, None] < first_position[..., None]
+    if visible is not None:
+        allowed &= visible[:, None]
+    vocabulary = model.config.decoder.vocab_size
+    stops = jnp.zeros(vocabulary, bool).at[jnp.array(options.stop_ids, jnp.int32)].set(True)
+    banned = jnp.zeros(vocabulary, bool).at[jnp.array(options.banned_ids, jnp.int32)].set(True)
+    window = model.config.decoder.sliding_window
+
+    def body(carry):
+        step, hidden, tail, tokens, logps, lengths, done, stopped = carry
+        logits = jnp.where(banned, -jnp.inf, model.logits(params, hidden))
+        chosen = _draw(logits, keys, step, options)
+        here = (jnp.arange(options.max_new_tokens) == step) & ~done[..., None]
+        tokens = jnp.where(here, chosen[..., None], tokens)
+        logps = jnp.where(here, _logp(logits, chosen)[..., None], logps)
+        lengths = lengths + ~done
+        stopped |= stops.at[chosen].get(out_sharding=_like(chosen)) & ~done
+        done |= stopped
+        position = first_position + step
+        shared = allowed if window is None else allowed & (position[..., None] - positions[:, None] < window)
+        hidden, tail = model.decode_step(params, prefill.cache, tail, chosen, position, shared, step)
+        return step + 1, hidden, tail, tokens, logps, lengths, done, stopped
+
+    hidden = jnp.take_along_axis(prefill.hidden, start.slot[..., None], axis=1)
+    zeros = jnp.zeros_like(start.slot)
+    blank = jnp.broadcast_to(zeros[..., None], (rows, lanes, options.max_new_tokens))
+    carry = (
+        jnp.int32(0), hidden, model.empty_tail(rows, lanes, options.max_new_tokens),
+        blank, blank.astype(jnp.float32), zeros, ~start.active, zeros.astype(bool),
+    )  # fmt: skip
+    carry = jax.lax.while_loop(lambda c: (c[0] < options.max_new_tokens) & ~jnp.all(c[6]), body, carry)
+    return Samples(tokens=carry[3], lengths=carry[5], logps=carry[4], stopped=carry[7])
+
+
+def _like(x: Array):
+    return jax.typeof(x).sharding if not jax.sharding.get_abstract_mesh().empty else None
+
+
+def _logp(logits: Float[Array, "B S V"], chosen: Int[Array, "B S"]) -> Float[Array, "B S"]:
+    label = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
+    return label - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _draw(logits: Float[Array, "B S V"], keys: Array, step: Int[Array, ""], options: DecodeOptions) -> Int[Array, "B S"]:
+    if options.temperature == 0.0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / options.temperature
+    if options.top_p < 1.0:
+        order = jnp.sort(logits, axis=-1, descending=True)
+        before = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1) - jax.nn.softmax(order, axis=-1)
+        threshold = jnp.min(jnp.where(before < options.top_p, order, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, step)))(keys)
+    return jax.vmap(jax.vmap(jax.random.categorical))(step_keys, logits).astype(jnp.int32)

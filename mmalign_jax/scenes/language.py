@@ -1,0 +1,97 @@
+"""The world's language: captions, questions and answers, the closed list of its words, and the tokenizer that goes with it."""
+
+import itertools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from mmalign_jax.scenes.world import COLORS, KINDS, PLACES, Scene, SceneObject
+
+DESCRIBE = "Describe the picture."
+YES, NO = "Yes.", "No."
+
+IMAGE_TOKEN = "<image>"
+BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<pad>"
+SPECIAL_TOKENS = (UNK, BOS, EOS, PAD, IMAGE_TOKEN)  # ids 0 to 4
+
+_COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
+_SPACE = "▁"
+
+# LLaVA-1.5's layout: images first, then the text; an answer ends with </s>.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{%- set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string else message['content'] %}
+{%- if message['role'] == 'user' %}{{ 'USER: ' }}
+{%- for part in parts if part['type'] == 'image' %}{{ '<image>\n' }}{%- endfor %}
+{%- for part in parts if part['type'] == 'text' %}{{ part['text'] + ' ' }}{%- endfor %}
+{%- else %}{{ 'ASSISTANT: ' }}
+{%- for part in parts if part['type'] == 'text' %}{{ part['text'] }}{%- endfor %}{{ '</s>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{%- endif %}"""
+
+
+def sentence(thing: SceneObject) -> str:
+    verb, noun = ("is", thing.kind) if thing.count == 1 else ("are", KINDS[thing.kind])
+    return f"There {verb} {_COUNT_WORDS[thing.count]} {thing.color} {noun} at the {thing.place}."
+
+
+def caption(objects: Sequence[SceneObject]) -> str:
+    """One sentence an object, in the given order."""
+    return " ".join(map(sentence, objects))
+
+
+def true_caption(scene: Scene) -> str:
+    """What is in the picture, in reading order of the places."""
+    return caption(scene.objects)
+
+
+def question(kind: str) -> str:
+    return f"Is there a {kind} in the picture?"
+
+
+def synonyms() -> dict[str, tuple[str, ...]]:
+    """Kind -> every word that names it: the table that CHAIR needs."""
+    return {kind: tuple(dict.fromkeys((kind, plural))) for kind, plural in KINDS.items()}
+
+
+def words() -> tuple[str, ...]:
+    """Every word and punctuation mark of the language, without the special tokens."""
+    choices = itertools.product(KINDS, COLORS, _COUNT_WORDS, PLACES)
+    things = [SceneObject(kind, color, count, place, ()) for kind, color, count, place in choices]
+    texts = [DESCRIBE, YES, NO, *map(question, KINDS), *map(sentence, things), "USER: ASSISTANT:"]
+    return tuple(dict.fromkeys(itertools.chain(*(re.findall(r"[^\s.?]+|[.?]", text) for text in texts), ("\n",))))
+
+
+def build_tokenizer(directory: str | os.PathLike) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json` of the language into an existing directory.
+
+    One token a word. As in LLaMA's tokenizer a word carries the space before it, so a text that starts with a word and the same
+    text after a space have the same tokens, and decoding gives the text back.
+    """
+    marks = [word for word in words() if not word[0].isalnum()]
+    after_newline = [word for word in words() if word[0].isalnum() and word[0].isupper()]
+    spaced = [_SPACE + word for word in words() if word[0].isalnum()]
+    vocabulary = [*SPECIAL_TOKENS, _SPACE, *marks, *spaced, *after_newline]
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first"),
+        pre_tokenizers.Split(tokenizers.Regex(r"[.?\n]"), behavior="isolated"),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="first")
+    bos = (BOS, vocabulary.index(BOS))
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos])
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD,
+        "additional_special_tokens": [IMAGE_TOKEN], "image_token": IMAGE_TOKEN, "padding_side": "left", "model_max_length": 256,
+        "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
+    out = pathlib.Path(directory)
+    tokenizer.save(str(out / "tokenizer.json"))
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,149 @@
+"""Compiles a config's training step for a TPU topology on any host, and reads the memory it needs. No TPU, no weights, no data."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmalign_jax import losses
+from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.config import Config
+from mmalign_jax.errors import UserError
+from mmalign_jax.models.config import LlavaConfig
+from mmalign_jax.models.llava import Llava
+from mmalign_jax.models.params import abstract_params, param_shardings
+from mmalign_jax.training.optimizer import make_optimizer, make_schedule
+from mmalign_jax.training.step import LossFunction, make_train_step, split_params
+from mmalign_jax.types import PairBatch, TrainState
+
+GIB = 2**30
+# HBM of one JAX device, in bytes (a tpu7x chip is two devices)
+HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "tpu7x": 96 * GIB}
+
+PROMPT_TOKENS, ANSWER_TOKENS = 128, 352  # assumed where the config sets no limit: text of a prompt, one answer
+
+
+@dataclasses.dataclass(frozen=True)
+class AotReport:
+    """Bytes a device. `aliased_bytes` of the outputs take the place of the donated state."""
+
+    topology: str
+    devices: int
+    prefix_slots: int
+    answer_slots: int
+    hbm_bytes_per_device: int
+    hbm_limit_bytes: int
+    fits: bool
+    argument_bytes: int
+    temp_bytes: int
+    aliased_bytes: int
+    state_bytes: int
+    compile_s: float
+
+
+def compile_step(config: Config, sizes: LlavaConfig, topology: str, slices: int = 1) -> AotReport:
+    """Compiles the step of `config` for `slices` slices of `topology` (such as "v5e:8x8").
+
+    Raises:
+      UserError: unknown topology, no TPU compiler here, or a mesh that the topology does not have.
+    """
+    mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=_devices(topology, slices))
+    objective = losses.build(config.objective.name, **config.objective.hyperparameters)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    state, reference, batch = _abstract_arguments(config, sizes, mesh, optimizer, objective)
+    # compiled for an accelerator: auto means bfloat16
+    dtype = "bfloat16" if config.model.compute_dtype == "auto" else config.model.compute_dtype
+    model = Llava(sizes, (0.5,) * 3, (0.5,) * 3, dtype, remat=config.model.remat == "full")
+    step = make_train_step(LossFunction(model, objective), optimizer, make_schedule(config.optimizer, config.train.steps))
+    start = time.monotonic()
+    with jax.set_mesh(mesh):
+        memory = step.lower(state, reference if objective.needs_reference else None, batch).compile().memory_analysis()
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+    limit = HBM[topology.split(":")[0]]
+    return AotReport(
+        topology=topology if slices == 1 else f"{slices} x {topology}",
+        devices=mesh.size,
+        prefix_slots=batch.prefix_slots,
+        answer_slots=batch.answer_slots,
+        hbm_bytes_per_device=used,
+        hbm_limit_bytes=limit,
+        fits=used <= limit,
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        state_bytes=sum(_bytes_per_device(leaf) for leaf in jax.tree.leaves(state)),
+        compile_s=round(time.monotonic() - start, 1),
+    )
+
+
+def _devices(topology: str, slices: int) -> list[jax.Device]:
+    from jax.experimental import topologies
+
+    if topology.split(":")[0] not in HBM:
+        raise UserError(f"--topology: {topology!r} is not known; give a chip and its grid, such as v5e:8x8, with a chip of {', '.join(HBM)}")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"--topology: no compiler for {topology!r} here ({' '.join(str(error).split())[:200]}); `pip install libtpu` brings it") from error
+
+
+def _abstract_arguments(
+    config: Config, sizes: LlavaConfig, mesh: Mesh, optimizer: optax.GradientTransformation, objective: losses.Objective
+) -> tuple[TrainState, dict, PairBatch]:
+    """State, reference and batch as shapes with shardings; nothing is allocated, and nothing here may run under the mesh."""
+    whole = NamedSharding(mesh, P())
+    placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    shapes, shardings = abstract_params(sizes), param_shardings(sizes, mesh)
+    params, frozen = split_params(jax.tree.map(placed, shapes, shardings), config.model.freeze)
+    kept = "bfloat16" if config.model.reference_dtype == "auto" else config.model.reference_dtype
+    in_kept = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(kept), sharding=leaf.sharding)  # noqa: E731
+    frozen, reference = jax.tree.map(in_kept, frozen), jax.tree.map(in_kept, params)
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda leaf, param: placed(leaf, param.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda leaf: placed(leaf, whole),
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, frozen, moments, placed(key, whole))
+    return state, reference, _abstract_batch(config, sizes, mesh, objective.answers)
+
+
+def _abstract_batch(config: Config, sizes: LlavaConfig, mesh: Mesh, answers: int) -> PairBatch:
+    prefix = config.data.prefix_tokens or sizes.image_tokens + PROMPT_TOKENS
+    answer = config.data.answer_tokens or ANSWER_TOKENS
+    lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
+    side = sizes.vision.image_size
+
+    def array(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+        axes = (None, "batch") + (None,) * len(shape)
+        return jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=mesh_lib.sharding(mesh, *axes))
+
+    row = (prefix + answers * answer,)
+    return PairBatch(
+        tokens=array(row, jnp.int32),
+        role=array(row, jnp.int8),
+        positions=array(row, jnp.int32),
+        images=array((1, side, side, 3), jnp.uint8),
+        image_index=array(row, jnp.int32),
+        token_weight=array(row, jnp.float32),
+        record_key=array((), jnp.uint32),
+        margin=array((), jnp.float32),
+        prefix_slots=prefix,
+        answer_slots=answer,
+    )
+
+
+def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return 8
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    size = leaf.dtype.itemsize
+    for dimension in shape:
+        size *= dimension
+    return size

@@ -1,0 +1,41 @@
+"""Optimizer and learning-rate schedule from their settings."""
+
+import jax
+import optax
+
+from mmalign_jax.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up, then cosine, linear or constant until the last step."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
+    warmup_steps = round(config.warmup_fraction * steps)
+    rest = steps - warmup_steps
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, final, rest)
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup_steps:
+        return after
+    # the first step already moves: warm-up goes from peak / (n + 1)
+    warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) behind an optional clip by global norm. Norm scales and biases are not decayed."""
+    adamw = optax.adamw(
+        make_schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        weight_decay=config.weight_decay,
+        mu_dtype=config.moment_dtype,
+        mask=_decayed,
+    )
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+
+
+def _decayed(params: dict) -> dict:
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)

@@ -1,0 +1,21 @@
+"""The whole run sees eight CPU devices and checks every array annotation of the package.
+
+Both must happen before anything imports jax or the package.
+"""
+
+import os
+import sys
+
+assert "mmalign_jax" not in sys.modules, "the package was imported before conftest.py"
+os.environ["JAX_PLATFORMS"] = "cpu"  # tests that start commands hand this on
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+
+# By jax.config and not by XLA_FLAGS, so that the commands which tests start see one device, as a user does.
+jax.config.update("jax_num_cpu_devices", 8)
+
+# An int is welcome where a float is annotated. Constructors are not checked: jax rebuilds registered records from shapes, shardings
+# and batch axes, which are no arrays of the annotated shape.
+_STRATEGY = "beartype.BeartypeStrategy.O0 if x.__name__ == '__init__' else beartype.BeartypeStrategy.O1"
+jaxtyping.install_import_hook("mmalign_jax", f"beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, strategy={_STRATEGY}))")

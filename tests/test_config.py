@@ -1,0 +1,73 @@
+import dataclasses
+import re
+import typing
+
+import pytest
+
+from mmalign_jax import config, losses
+from mmalign_jax.config import Config, ObjectiveConfig, from_mapping, to_mapping
+from mmalign_jax.errors import UserError
+
+
+def test_round_trip():
+    changed = from_mapping(
+        {"train": {"steps": 7, "batch_size": 4, "accumulate": 2}, "model": {"freeze": ["decoder"]}, "objective": {"name": "simpo", "gamma": 0.5}}
+    )
+    assert changed.train.steps == 7 and changed.model.freeze == ("decoder",)
+    assert changed.objective == ObjectiveConfig("simpo", {"gamma": 0.5})
+    for one in (Config(), changed):
+        assert from_mapping(to_mapping(one)) == one
+    assert from_mapping({}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"trian": {}}, "config.trian: no such setting. Did you mean train?"),
+        ({"train": {"stpes": 5}}, "config.train.stpes: no such setting. Did you mean steps?"),
+        ({"train": 5}, "config.train: expected a group of settings, got 5"),
+        ({"train": {"steps": "5"}}, "config.train.steps: expected int, got '5'"),
+        ({"train": {"steps": 5.0}}, "config.train.steps: expected int, got 5.0"),
+        ({"train": {"steps": True}}, "config.train.steps: expected int, got True"),
+        ({"train": {"steps": None}}, "config.train.steps: expected int, got None"),
+        ({"train": {"steps": 0}}, "config.train.steps: 0 is out of range, must be at least 1"),
+        ({"report": {"tensorboard": 1}}, "config.report.tensorboard: expected bool, got 1"),
+        ({"model": {"path": 3}}, "config.model.path: expected str, got 3"),
+        ({"model": {"freeze": "decoder"}}, "config.model.freeze: expected a tuple, got 'decoder'"),
+        ({"model": {"freeze": ("head",)}}, "config.model.freeze: unknown part ['head']"),
+        ({"model": {"remat": "some"}}, "config.model.remat: 'some' is not one of 'none', 'full'"),
+        ({"eval": {"benchmarks": ("pope", "chiar")}}, "config.eval.benchmarks: 'chiar' is not one of 'pope', 'chair'"),
+        ({"pairs": {"rho_th": 1.5}}, "config.pairs.rho_th: 1.5 is out of range, must be at least 0.0 and at most 1.0"),
+        ({"pairs": {"eps": 0}}, "config.pairs.eps: 0.0 is out of range, must be above 0.0"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "config.optimizer.learning_rate: nan is out of range"),
+        ({"train": {"batch_size": 6, "accumulate": 4}}, "config.train.accumulate: 4 does not divide config.train.batch_size = 6"),
+        ({"objective": {"name": "dpo", "bta": 1.0}}, "config.objective.bta: dpo has no such setting. Did you mean beta?"),
+        ({"objective": {"name": "dpo", "beta": "x"}}, "config.objective.beta: expected float, got 'x'"),
+        ({"objective": {"name": "nodpo"}}, "nodpo"),
+    ],
+)
+def test_errors_name_the_key(values, message):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        from_mapping(values)
+    assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_are_floats_where_floats_are_meant():
+    assert isinstance(from_mapping({"optimizer": {"clip_norm": 2}}).optimizer.clip_norm, float)
+
+
+def test_an_empty_place_means_the_objectives_default():
+    assert from_mapping({"objective": {"name": "dpo", "beta": None}}).objective.hyperparameters == {}
+
+
+def test_every_default_is_within_its_own_range():
+    """`from_mapping` only sees what a file sets; a default outside its range would fail the first user who writes it down."""
+    assert from_mapping(to_mapping(Config())) == Config()
+    for group in dataclasses.fields(Config):
+        hints = typing.get_type_hints(type(getattr(Config(), group.name)))
+        assert set(hints.values()) <= {int, float, bool, str, tuple[str, ...], *([hints["hyperparameters"]] if "hyperparameters" in hints else [])}
+
+
+def test_default_objective_exists():
+    assert Config().objective.name in losses.names()
+    assert config.from_mapping({}).objective.name == "dpo"
