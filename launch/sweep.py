@@ -83,14 +83,25 @@ def execute(names: Sequence[str], commands: Sequence[Sequence[str]], keep_going:
     outcome = {name: "not run" for name in names}
     for number, (name, command) in enumerate(zip(names, commands, strict=True), 1):
         print(f"[{number}/{len(names)}] {shlex.join(command)}", flush=True)
-        code = subprocess.run(command, check=False).returncode
-        outcome[name] = "ok" if code == 0 else f"failed with exit code {code}"
-        if code == cli.INTERRUPTED or (code and not keep_going):
+        code, interrupted = _run(command)
+        outcome[name] = "interrupted" if interrupted else "ok" if code == 0 else f"failed with exit code {code}"
+        if interrupted or (code and not keep_going):
             break
     print("\nSweep:")
     for name, state in outcome.items():
         print(f"  {name}: {state}")
     return int(any(state != "ok" for state in outcome.values()))
+
+
+def _run(command: Sequence[str]) -> tuple[int, bool]:
+    """The command's exit code, and whether Ctrl-C was pressed: the command gets the signal too, and is given the time to save."""
+    interrupted = False
+    process = subprocess.Popen(command)
+    while True:
+        try:
+            return process.wait(), interrupted or process.returncode == cli.INTERRUPTED
+        except KeyboardInterrupt:
+            interrupted = True
 
 
 def _short(path: Path) -> str:

@@ -26,7 +26,7 @@ def run(main: Callable[[Config, Path], int | None]) -> NoReturn:
     Settings come from the config file, then `--gin_file`, then `--gin_bindings`, then `--config.a.b=v`; the later wins.
     """
     define_flags(flags.FLAGS)
-    _define(flags.FLAGS, flags.DEFINE_string, "workdir", None, "directory that receives everything; the same one goes on where a run stopped")
+    _define(flags.FLAGS, flags.DEFINE_string, "workdir", None, "directory that receives everything; with the same one, a run goes on")
     _run(lambda: main(read_config(), read_workdir()), parse)
 
 
@@ -120,15 +120,16 @@ def _define(flag_values, definer, name, default, text, **options) -> None:
 
 def _check_config_arguments(argv: Sequence[str]) -> None:
     """Names a missing file or an unknown field before absl sees the command line: its own errors do neither."""
+    arguments = list(argv[1:])
+    if "--" in arguments:
+        arguments = arguments[: arguments.index("--")]
     path = None
-    for here, after in zip(argv[1:], [*argv[2:], ""], strict=True):
-        if here == "--":
-            break
-        if match := re.match(r"--?config(=|$)", here):
-            path = here[match.end() :] if match[1] else after
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+        if match := re.match(r"--?config(=|$)", argument):
+            path = argument[match.end() :] if match[1] else following
     if path is None:
         return
     values = config_files.load(path)
-    for argument in argv[1:]:
+    for argument in arguments:
         if match := re.match(r"--?(no)?config\.([^=]*)", argument):
             config_files.check_key(values, match[2])

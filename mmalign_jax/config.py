@@ -24,6 +24,7 @@ def setting(default: Any, *, min: float | None = None, max: float | None = None,
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     path: str = setting("", help="Hugging Face directory of the SFT model: policy at step 0, and reference")
+    init: str = setting("", choices=("", "scenes"), help="scenes: start from a new model of the built-in world, with random weights")
     preset: str = setting("", help="sizes of a known model, for launch/aot_check.py, which needs no weights; see models/presets.py")
     compute_dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on accelerators, float32 on CPU")
     reference_dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="type in which the frozen trees are kept")
@@ -35,6 +36,7 @@ class ModelConfig:
 class DataConfig:
     path: str = setting("", help="the data set: a parquet file or directory, a jsonl file, or prepared records")
     format: str = setting("auto", choices=("auto", "records", "rlhf_v", "rlaif_v", "trl", "scenes"))
+    split: str = setting("align", choices=("sft", "align"), help="split of the built-in world, with format scenes")
     cache: str = setting("", help="where imported records are kept; WORKDIR/data when empty")
     on_bad_row: str = setting("error", choices=("error", "skip"))
     on_long_row: str = setting("error", choices=("error", "drop", "shorten_answer"))
@@ -70,7 +72,6 @@ class PairsConfig:
     similarity: str = setting("ngram", choices=("ngram",))
     batch_size: int = setting(64, min=1)
     seed: int = setting(0, min=0)
-    refresh: int = setting(0, min=0, help="online: steps between two draws; 0: every step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,7 @@ class MeshConfig:
     data: int = setting(1, min=-1)
     fsdp: int = setting(-1, min=-1)
     tensor: int = setting(1, min=-1)
+    distributed: bool = setting(False, help="several hosts: jax.distributed.initialize() finds them (TPU pods, Slurm, or JAX's variables)")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Only gin's parser is used, so that no configurable is registered and no state is left behind.
 """
 
+import tokenize
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def _apply_text(config: ConfigDict, text: str, source: str) -> None:
         statements = list(config_parser.ConfigParser(text, Literals()))
     except SyntaxError as error:
         raise UserError(f"{source}, line {error.lineno}: {' '.join(str(error.msg).split())}") from error
+    except tokenize.TokenError as error:  # a bracket or a string that is never closed
+        raise UserError(f"{source}, line {error.args[1][0]}: {error.args[0]}") from error
     for statement in statements:
         where = f"{source}, line {statement.location.line_num}: "
         if isinstance(statement, config_parser.BlockDeclaration):

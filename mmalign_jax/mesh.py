@@ -57,11 +57,11 @@ def _device_grid(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarra
 
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices=devices)
+        return mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
     if shape[0] % slices:
         raise UserError(f"config.mesh.data: {shape[0]} must be a multiple of the {slices} slices, because only `data` spans slices")
     inner = (shape[0] // slices, *shape[1:])
-    return mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices=devices)
+    return mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices=devices, allow_split_physical_axes=True)
 
 
 def spec(*axes: str | None) -> P:

@@ -19,7 +19,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt, UInt8
 
 # Roles of a token in a row. Answer k has role FIRST_ANSWER + k.
 PAD, PREFIX, FIRST_ANSWER = 0, 1, 2
@@ -129,6 +130,9 @@ class PairBatch:
         return dataclasses.replace(self, images=images)
 
 
+PerPair = Float[Array | np.ndarray, " B"]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BranchStats:
@@ -147,15 +151,15 @@ class BranchStats:
     @classmethod
     def pair(
         cls,
-        policy_chosen: Float[Array, " B"],
-        policy_rejected: Float[Array, " B"],
-        chosen_len: Float[Array, " B"],
-        rejected_len: Float[Array, " B"],
-        reference_chosen: Float[Array, " B"] | None = None,
-        reference_rejected: Float[Array, " B"] | None = None,
-        policy_chosen_other_image: Float[Array, " B"] | None = None,
-        reference_chosen_other_image: Float[Array, " B"] | None = None,
-        margin: Float[Array, " B"] | None = None,
+        policy_chosen: PerPair,
+        policy_rejected: PerPair,
+        chosen_len: PerPair,
+        rejected_len: PerPair,
+        reference_chosen: PerPair | None = None,
+        reference_rejected: PerPair | None = None,
+        policy_chosen_other_image: PerPair | None = None,
+        reference_chosen_other_image: PerPair | None = None,
+        margin: PerPair | None = None,
     ) -> "BranchStats":
         """The record for chosen/rejected pairs, from plain arrays `[B]` of log-prob sums (nats) and lengths (tokens).
 
@@ -186,5 +190,3 @@ class TrainState:
     opt_state: Any
     key: Array
 
-
-Mask = Bool[Array, "B T T"]

@@ -1,18 +1,15 @@
-import dataclasses
 import re
-import typing
 
 import pytest
 
-from mmalign_jax import config, losses
+from mmalign_jax import losses
 from mmalign_jax.config import Config, ObjectiveConfig, from_mapping, to_mapping
 from mmalign_jax.errors import UserError
 
 
 def test_round_trip():
-    changed = from_mapping(
-        {"train": {"steps": 7, "batch_size": 4, "accumulate": 2}, "model": {"freeze": ["decoder"]}, "objective": {"name": "simpo", "gamma": 0.5}}
-    )
+    train, objective = {"steps": 7, "batch_size": 4, "accumulate": 2}, {"name": "simpo", "gamma": 0.5}
+    changed = from_mapping({"train": train, "model": {"freeze": ["decoder"]}, "objective": objective})
     assert changed.train.steps == 7 and changed.model.freeze == ("decoder",)
     assert changed.objective == ObjectiveConfig("simpo", {"gamma": 0.5})
     for one in (Config(), changed):
@@ -60,14 +57,5 @@ def test_an_empty_place_means_the_objectives_default():
     assert from_mapping({"objective": {"name": "dpo", "beta": None}}).objective.hyperparameters == {}
 
 
-def test_every_default_is_within_its_own_range():
-    """`from_mapping` only sees what a file sets; a default outside its range would fail the first user who writes it down."""
-    assert from_mapping(to_mapping(Config())) == Config()
-    for group in dataclasses.fields(Config):
-        hints = typing.get_type_hints(type(getattr(Config(), group.name)))
-        assert set(hints.values()) <= {int, float, bool, str, tuple[str, ...], *([hints["hyperparameters"]] if "hyperparameters" in hints else [])}
-
-
 def test_default_objective_exists():
     assert Config().objective.name in losses.names()
-    assert config.from_mapping({}).objective.name == "dpo"

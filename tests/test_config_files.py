@@ -17,10 +17,8 @@ def write(path: Path, body: str) -> Path:
 
 
 def child(tmp_path: Path, line: str) -> Path:
-    return write(
-        tmp_path / "child.py",
-        f"from mmalign_jax import config_files\ndef get_config():\n    config = config_files.load({str(BASE)!r})\n    {line}\n    return config\n",
-    )
+    body = f"    config = config_files.load({str(BASE)!r})\n    {line}\n    return config\n"
+    return write(tmp_path / "child.py", "from mmalign_jax import config_files\ndef get_config():\n" + body)
 
 
 def test_base_holds_every_setting_at_its_default():
@@ -89,6 +87,7 @@ def test_missing_file_and_missing_function(tmp_path):
 
 
 def test_a_file_without_base_is_a_config_too(tmp_path):
-    path = write(tmp_path / "own.py", "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'train': {'steps': 3}})\n")
+    body = "def get_config():\n    return ConfigDict({'train': {'steps': 3}})\n"
+    path = write(tmp_path / "own.py", "from ml_collections import ConfigDict\n" + body)
     loaded = config_files.load(path)
     assert isinstance(loaded, ConfigDict) and list(config_files.keys(loaded)) == ["train.steps"]

@@ -20,13 +20,14 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data import sources
 from mmalign_jax.data.bad_rows import BadRow, place_of
 from mmalign_jax.data.records import SCHEMA, from_example, to_example
-from mmalign_jax.data.sources.source import Source, stamp
+from mmalign_jax.data.sources.source import MARKER, Source, stamp
 from mmalign_jax.data.validate import check_record
 from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.types import PreferenceRecord
@@ -110,7 +111,7 @@ def prepare(config: DataConfig, source: Source, out_dir: str | Path, *, progress
     work.mkdir(parents=True)
     try:
         summary = _import(config, source, work, progress)
-        _write_json(work / sources.MARKER, {"fingerprint": fingerprint, **summary, "side_files": dict(source.side_files)})
+        _write_json(work / MARKER, {"fingerprint": fingerprint, **summary, "side_files": dict(source.side_files)})
         if out.exists():
             out.rename(old)
         work.rename(out)
@@ -139,7 +140,7 @@ def describe(directory: str | Path) -> PreparedSet:
     """
     done = _finished(Path(directory))
     if done is None:
-        raise UserError(f"{directory} is not a set of prepared records: it has no {sources.MARKER}")
+        raise UserError(f"{directory} is not a set of prepared records: it has no {MARKER}")
     return _prepared(Path(directory), done)
 
 
@@ -261,7 +262,7 @@ def open_records(directory: str | Path) -> RecordSource:
         reader = builder.as_data_source(split=_SPLIT)
         (split,) = builder.info.splits.values()
         shards = list(zip(map(str, split.filepaths), split.shard_lengths, strict=True))
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, ParseError) as error:
         raise DataError(f"the description of the set is damaged ({error})", file=str(data), mend=_again(prepared.dir)) from error
     if split.num_examples != prepared.count:
         raise DataError(f"{split.num_examples} records, {prepared.count} were written", file=str(data), mend=_again(prepared.dir))
@@ -278,7 +279,7 @@ def _prepared(out: Path, done: Mapping[str, Any], reused: bool = False) -> Prepa
 
 def _finished(out: Path) -> dict[str, Any] | None:
     """What `import.json` says, or None when there is no such file."""
-    file = out / sources.MARKER
+    file = out / MARKER
     if not file.is_file():
         return None
     try:

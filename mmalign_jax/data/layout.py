@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -13,6 +13,7 @@ from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX, Preference, PreferenceRecord, Turn, record_key
 
 
+@runtime_checkable
 class RowProcessor(Protocol):
     """What the layout needs of a checkpoint's processor."""
 

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from mmalign_jax.errors import DataError
 from mmalign_jax.types import Preference, PreferenceRecord
 
 
+@runtime_checkable
 class Records(Protocol):
     """Random access to records: a `builder.RecordSource`, or a plain list."""
 

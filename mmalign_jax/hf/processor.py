@@ -134,10 +134,11 @@ class Processor:
         if not np.array_equal(ids[: len(before)], before):
             raise UserError(f"the answer {_short(text)} merges with the prompt before it into other tokens")
         ids, spans = ids[len(before) :], np.maximum(spans[len(before) :] - len(context + lead), 0) + shift
-        word_start = np.array([_starts_word(text, *span) for span in spans], bool)
+        word_start = np.array([_starts_word(text, *span) for span in spans.tolist()], bool)
         return Answer(
             ids=np.append(ids, self.eos_ids[0]).astype(np.int32),
-            scored=np.append((spans[:, 1] > len(prefix)), True),
+            # without a prefix everything is scored, a token that is only the template's space too
+            scored=np.append(spans[:, 1] > len(prefix) if prefix else np.ones(len(ids), bool), True),
             spans=np.append(spans, [[len(text)] * 2], axis=0).astype(np.int32),
             word_start=np.append(word_start, False),
         )
@@ -164,7 +165,7 @@ class Processor:
     def _plain(self, text: str) -> str:
         for token in self._specials:
             if token in text:
-                raise UserError(f"the text {_short(text)} holds the special token {token}; remove it (images are given as parts, not in texts)")
+                raise UserError(f"the text {_short(text)} holds the special token {token}; remove it; images are parts of a turn")
         return text
 
     def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +174,7 @@ class Processor:
         ids, spans = np.array(encoded["input_ids"], np.int64), np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
         unknown = self._tokenizer.unk_token_id
         if unknown is not None and (ids == unknown).any():
-            words = dict.fromkeys(_word_at(text, *span) for span in spans[ids == unknown])
+            words = dict.fromkeys(_word_at(text, *span) for span in spans[ids == unknown].tolist())
             raise UserError(f"the tokenizer has no token for {', '.join(map(repr, list(words)[:8]))}")
         return ids, spans
 

@@ -12,7 +12,7 @@ def dpo(
     Args:
       beta: strength of the tie to the reference, per nat of the summed log-ratio.
       label_smoothing: probability that a preference label is flipped (cDPO).
-      nll_weight: weight of the chosen answer's mean negative log-likelihood a token (RPO, arXiv 2404.19733).
+      nll_weight: weight of the chosen answer's mean negative log-likelihood a token (iterative RPO, arXiv 2404.19733).
     """
     stats = terms.as_float32(stats)
     rewards = beta * terms.log_ratios(stats)

@@ -101,8 +101,8 @@ def _scores(rows: Sequence[ScoreRow]) -> str:
             out.append(f"<tr><th>{name}{hint}</th><td>{_interval(before)}</td><td>{_interval(after)}</td>")
             out.append(f'<td class="{state}">{change}{word}</td></tr>')
         out.append("</tbody>")
-    caption = "<p class=note>In brackets: 95 % confidence intervals. pp: percentage points.</p>" if any(_has_interval(row) for row in rows) else ""
-    return "".join([*out, "</table></div>", caption])
+    legend = "In brackets: 95 % confidence intervals. " if any(_has_interval(row) for row in rows) else ""
+    return "".join([*out, f"</table></div><p class=note>{legend}pp: percentage points.</p>"])
 
 
 def _has_interval(row: ScoreRow) -> bool:
@@ -172,7 +172,8 @@ def _skipped(rows: Sequence[SkippedRow]) -> str:
     rest = f"<p class=note>The first {_MOST_SKIPPED} are listed.</p>" if len(rows) > _MOST_SKIPPED else ""
     head = "<thead><tr><th>File</th><th>Row</th><th>Why</th></tr></thead>"
     count = f"{len(rows)} row" + ("s" if len(rows) > 1 else "")
-    return f'<p>{count}.</p><details><summary>List</summary><div class="wide"><table>{head}<tbody>{cells}</tbody></table></div>{rest}</details>'
+    table = f'<div class="wide"><table>{head}<tbody>{cells}</tbody></table></div>'
+    return f"<p>{count}.</p><details><summary>List</summary>{table}{rest}</details>"
 
 
 def _config(config: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -156,7 +157,8 @@ def _scalar(value: Any) -> int | float:
 def _event_writer(workdir: Path, first_step: int) -> Any:
     from tensorboardX import SummaryWriter  # late: it imports torch where torch is installed, which takes seconds
 
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+    # its file names change once a second: without a suffix, a run that resumes at once would overwrite the file before
+    return SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step, filename_suffix=f".{time.time_ns()}")
 
 
 def _start_wandb(project: str, workdir: Path, config: Mapping[str, Any]) -> Any:

@@ -78,13 +78,14 @@ def _step_ticks(left: int, right: int) -> list[int]:
 
 
 def _tick_text(value: float, step: float) -> str:
-    if value == 0:
+    """A number with as many digits as tell it from its neighbour, a step away."""
+    if abs(value) < step / 2:
         return "0"
-    if not 1e-3 <= step < 1e5:
-        return f"{value:.3g}"
-    # as many decimals as tell neighbours apart
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
-    return f"{value:.{digits + (round(step * 10**digits, 6) % 1 != 0)}f}"
+    last = math.floor(math.log10(step) + 1e-9)  # decimal place of the step's first digit
+    last -= abs(step / 10**last - 2.5) < 1e-6  # 2.5 has two
+    if step >= 1e-5 and abs(value) < 1e6:
+        return f"{value:.{max(0, -last)}f}"
+    return f"{value:.{math.floor(math.log10(abs(value)) + 1e-9) - last + 1}g}"
 
 
 def _thin(one: Series) -> Series:

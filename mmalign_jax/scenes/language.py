@@ -36,14 +36,15 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{%- endif %}"""
 
 
-def sentence(thing: SceneObject) -> str:
-    verb, noun = ("is", thing.kind) if thing.count == 1 else ("are", KINDS[thing.kind])
-    return f"There {verb} {_COUNT_WORDS[thing.count]} {thing.color} {noun} at the {thing.place}."
-
-
 def caption(objects: Sequence[SceneObject]) -> str:
-    """One sentence an object, in the given order."""
-    return " ".join(map(sentence, objects))
+    """One sentence a place, in the given order: "At the top left there are two red cups and a red spoon."."""
+    places = itertools.groupby(objects, key=lambda thing: thing.place)
+    return " ".join(_sentence(place, list(things)) for place, things in places)
+
+
+def _sentence(place: str, things: Sequence[SceneObject]) -> str:
+    named = [f"{_COUNT_WORDS[thing.count]} {thing.color} {thing.kind if thing.count == 1 else KINDS[thing.kind]}" for thing in things]
+    return f"At the {place} there {'is' if things[0].count == 1 else 'are'} {' and '.join(named)}."
 
 
 def true_caption(scene: Scene) -> str:
@@ -64,7 +65,7 @@ def words() -> tuple[str, ...]:
     """Every word and punctuation mark of the language, without the special tokens."""
     choices = itertools.product(KINDS, COLORS, _COUNT_WORDS, PLACES)
     things = [SceneObject(kind, color, count, place, ()) for kind, color, count, place in choices]
-    texts = [DESCRIBE, YES, NO, *map(question, KINDS), *map(sentence, things), "USER: ASSISTANT:"]
+    texts = [DESCRIBE, YES, NO, *map(question, KINDS), *(caption([thing, thing]) for thing in things), "USER: ASSISTANT:"]
     return tuple(dict.fromkeys(itertools.chain(*(re.findall(r"[^\s.?]+|[.?]", text) for text in texts), ("\n",))))
 
 

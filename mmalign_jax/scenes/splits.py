@@ -87,7 +87,7 @@ def _questions(it: Item) -> Sequence[tuple[str, str]]:
 
 
 def _believed(scene: Scene, rng: np.random.Generator) -> tuple[SceneObject, ...]:
-    """What an annotator sees who trusts the habit: beside a lonely head sometimes one partner, of the head's colour, at its place."""
+    """What an annotator sees who trusts the habit: beside a lonely head sometimes one partner, of the head's colour."""
     trust = dict(zip(HABITS, rng.random(len(HABITS)) < FALSE_CLAIM, strict=True))
     out = []
     for thing in scene.objects:

@@ -1,8 +1,8 @@
 """What can be in a picture, and how a picture's contents are drawn from a seed.
 
-A picture is a grid of 4 x 4 cells. Its four corners (2 x 2 cells each) hold at most one kind of object each, one to three of it.
-In the world's habit a head (a cup) is followed, in reading order, by its partner (a spoon) of the same colour. A model that
-learns from such pictures expects the partner wherever it sees the head: that is the language prior behind its hallucinations.
+A picture is a grid of 4 x 4 cells. Each of its four places (2 x 2 cells) is empty or holds one kind of object, up to three of it.
+In the world's habit a head (a cup) has its partner (a spoon), in the same colour, beside it at the same place. A model that learns
+from such pictures expects the partner wherever it sees the head: that is the language prior behind its hallucinations.
 """
 
 import dataclasses
@@ -32,17 +32,16 @@ COLORS = {
 # place -> its cells (row-major numbers), in reading order
 PLACES = {"top left": (0, 1, 4, 5), "top right": (2, 3, 6, 7), "bottom left": (8, 9, 12, 13), "bottom right": (10, 11, 14, 15)}
 
-MAX_COUNT = 3
-_KIND_NUMBERS = (0.1, 0.3, 0.35, 0.25)  # probability of 1, 2, 3 and 4 kinds in a picture
+_GROUPS = (0.25, 0.45, 0.3)  # probability of 1, 2 and 3 places that are not empty
 _COUNTS = (0.6, 0.25, 0.15)  # probability of 1, 2 and 3 objects of a kind
-_PARTNER_APPETITE = 0.5  # how often a partner kind turns up without its head, relative to the other kinds
+_PARTNER_APPETITE = 0.5  # how often a partner turns up without its head, relative to the other kinds
 
 
 class Habit(enum.Enum):
     """How the heads of a picture keep company."""
 
-    USUAL = "usual"  # with their partner, except with probability 1 - HABIT_STRENGTH
-    BROKEN = "broken"  # at least one head, and never a partner of a head in the picture
+    USUAL = "usual"  # each with its partner, except with probability 1 - HABIT_STRENGTH
+    BROKEN = "broken"  # at least one head, and no head with its partner
 
 
 HABIT_STRENGTH = 0.95
@@ -50,7 +49,7 @@ HABIT_STRENGTH = 0.95
 
 @dataclasses.dataclass(frozen=True)
 class SceneObject:
-    """All objects of one kind in a picture; `cells` are row-major numbers in the 4 x 4 grid, one object each."""
+    """All objects of one kind in a picture; `cells` are row-major numbers in the 4 x 4 grid, an object in each."""
 
     kind: str
     color: str
@@ -61,7 +60,7 @@ class SceneObject:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """The exact contents of a picture, in reading order of the places."""
+    """The exact contents of a picture: places in reading order, at a place the head before its partner."""
 
     objects: tuple[SceneObject, ...]
 
@@ -82,40 +81,35 @@ def generator(seed: int, *where: int) -> np.random.Generator:
 
 def sample_scene(rng: np.random.Generator, habit: Habit) -> Scene:
     """Draws a picture's contents."""
-    wanted = 1 + int(rng.choice(len(_KIND_NUMBERS), p=_KIND_NUMBERS))
-    chosen = _broken_kinds(rng, wanted) if habit is Habit.BROKEN else _usual_kinds(rng, wanted)
-    places = [list(PLACES)[i] for i in np.sort(rng.choice(len(PLACES), size=len(chosen), replace=False))]
-    objects = []
-    for kind, place in zip(chosen, places, strict=True):
-        color = str(rng.choice(list(COLORS)))
-        if objects and HABITS.get(objects[-1].kind) == kind:
-            color = objects[-1].color
-        count = 1 + int(rng.choice(MAX_COUNT, p=_COUNTS))
-        cells = tuple(sorted(int(cell) for cell in rng.choice(PLACES[place], size=count, replace=False)))
-        objects.append(SceneObject(kind, color, count, place, cells))
+    groups = _sample_groups(rng, habit)
+    places = [list(PLACES)[i] for i in np.sort(rng.choice(len(PLACES), size=len(groups), replace=False))]
+    objects: list[SceneObject] = []
+    for group, place in zip(groups, places, strict=True):
+        color, free = str(rng.choice(list(COLORS))), list(rng.permutation(PLACES[place]))
+        for kind in group:
+            count = min(1 + int(rng.choice(len(_COUNTS), p=_COUNTS)), len(free))
+            cells, free = sorted(int(cell) for cell in free[:count]), free[count:]
+            objects.append(SceneObject(kind, color, count, place, tuple(cells)))
     return Scene(tuple(objects))
 
 
-def _usual_kinds(rng: np.random.Generator, wanted: int) -> list[str]:
-    chosen: list[str] = []
-    while len(chosen) < wanted:
-        kind = _pick(rng, set(chosen))
+def _sample_groups(rng: np.random.Generator, habit: Habit) -> list[tuple[str, ...]]:
+    """The kinds at each place that is not empty: one kind, or a head and its partner. No kind comes twice."""
+    wanted = 1 + int(rng.choice(len(_GROUPS), p=_GROUPS))
+    groups: list[tuple[str, ...]] = [(str(rng.choice(list(HABITS))),)] if habit is Habit.BROKEN else []
+    taken = {name for group in groups for kind in group for name in (kind, HABITS.get(kind, kind))}
+    while len(groups) < wanted:
+        kind = _pick(rng, taken)
         partner = HABITS.get(kind)
-        together = rng.random() < HABIT_STRENGTH
-        if partner is None or not together:
-            chosen.append(kind)
-        elif partner not in chosen and len(chosen) + 2 <= wanted:
-            chosen += [kind, partner]
-    return chosen
-
-
-def _broken_kinds(rng: np.random.Generator, wanted: int) -> list[str]:
-    chosen = [str(rng.choice(list(HABITS)))]
-    while len(chosen) < wanted:
-        kind = _pick(rng, set(chosen))
-        if HABITS.get(kind) not in chosen and kind not in {HABITS.get(other) for other in chosen}:
-            chosen.append(kind)
-    return [chosen[i] for i in rng.permutation(len(chosen))]
+        if partner is None:
+            groups.append((kind,))
+        elif partner in taken:
+            continue  # the partner is at a place of its own already
+        else:
+            together = habit is Habit.USUAL and rng.random() < HABIT_STRENGTH
+            groups.append((kind, partner) if together else (kind,))
+        taken |= {kind, partner or kind}
+    return [groups[i] for i in rng.permutation(len(groups))]
 
 
 def _pick(rng: np.random.Generator, taken: set[str]) -> str:

@@ -122,6 +122,7 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
         metrics |= {
             "grad_norm": optax.global_norm(grads),
+            "zero_gradients": sum(jnp.all(g == 0).astype(jnp.int32) for g in jax.tree.leaves(grads)),
             "learning_rate": schedule(state.step),
             "padding_fraction": jnp.mean(batch.role == 0, dtype=jnp.float32),
         }

@@ -121,7 +121,7 @@ def test_trained_values_arrive_in_transformers_in_the_base_type_or_another(tmp_p
     wide = export(moved, base, tmp_path / "wide", dtype="float32")
     assert {t.dtype for t in tensors(wide).values()} == {torch.float32}
     assert reload(wide).dtype == torch.float32
-    with pytest.raises(UserError, match="lm_head.weight: values up to .* do not fit float16"):
+    with pytest.raises(UserError, match="class_embedding: values up to .* do not fit float16"):
         export(jax.tree.map(lambda x: x * 1e6, params), base, tmp_path / "narrow", dtype="float16")
     assert not (tmp_path / "narrow").exists()
 
@@ -158,12 +158,18 @@ def _rename(old, new):
 
 NORM = "language_model.model.layers.1.input_layernorm.weight"
 MISFITS = {
-    "extra": (lambda t: t.update({"language_model.model.layers.2.input_layernorm.weight": t[NORM].clone()}), "no place for .*layers.2.input"),
+    "extra": (
+        lambda t: t.update({"language_model.model.layers.2.input_layernorm.weight": t[NORM].clone()}),
+        "no place for .*layers.2.input",
+    ),
     "foreign": (lambda t: t.update({"visual.blocks.0.norm.weight": torch.ones(3)}), "visual.blocks.0.norm.weight belong to no part"),
     "missing": (_drop(NORM), "lack decoder.layers.1.input_layernorm.weight"),
     "misnamed": (_rename(NORM, NORM.replace("input", "inptu")), "no place for .*inptu_layernorm"),
     "twice": (lambda t: t.update({"lm_head.weight": t["language_model.lm_head.weight"].clone()}), "same tensor in two layouts"),
-    "misshapen": (lambda t: t.update({NORM: torch.ones(23)}), r"layers.1.input_layernorm.weight has shape \(23,\), config.json asks for \(24,\)"),
+    "misshapen": (
+        lambda t: t.update({NORM: torch.ones(23)}),
+        r"layers.1.input_layernorm.weight has shape \(23,\), .* for \(24,\)",
+    ),
     "vocabulary": (lambda t: t.update({"language_model.model.embed_tokens.weight": torch.ones(400, 24)}), r"\(400, 24\).*\(416, 24\)"),
     "bias": (lambda t: t.update({NORM.replace("weight", "bias"): torch.ones(24)}), "no place for .*input_layernorm.bias"),
     "unused, odd": (lambda t: t.update({"vision_tower.vision_model.encoder.layers.3.mlp.fc1.bias": torch.ones(20)}), "no place for"),
@@ -279,7 +285,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
 def test_a_tree_of_another_model_is_refused(tmp_path):
     base = tiny_llava(tmp_path / "base")
     other = tiny_llava(tmp_path / "other", text={"intermediate_size": 32})
-    with pytest.raises(UserError, match=r"parameter decoder/layers/mlp/gate/kernel has shape \(2, 24, 32\), the base model asks for \(2, 24, 40\)"):
+    with pytest.raises(UserError, match=r"decoder/layers/mlp/gate/kernel has shape \(2, 24, 32\), the base .* \(2, 24, 40\)"):
         export(load_params(other, read_config(other)), base, tmp_path / "out")
 
 

@@ -1,6 +1,8 @@
 import importlib.util
+import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +32,8 @@ def write(tmp_path: Path, body: str) -> Path:
 
 
 def test_one_run_for_each_override(sweep, tmp_path):
-    path = write(tmp_path, "yield from ({'objective.beta': b, 'model.freeze': ('decoder',), 'train.seed': s} for b in (.1, .2) for s in (0, 1))")
+    values = "{'objective.beta': b, 'model.freeze': ('decoder',), 'train.seed': s}"
+    path = write(tmp_path, f"yield from ({values} for b in (.1, .2) for s in (0, 1))")
     runs = sweep.expand(path, tmp_path / "runs")
     assert len({run.name for run in runs}) == 4
     words = shlex.split(shlex.join(runs[0].argv("python")))
@@ -53,7 +56,7 @@ def test_names_are_stable_safe_and_apart(sweep):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("yield {'train.steps': 5}; yield {'train.stpes': 5}", r"run 1: config\.train\.stpes: no such setting\. Did you mean config\.train\.steps"),
+        ("yield {'train.steps': 5}; yield {'train.stpes': 5}", r"run 1: config\.train\.stpes: no such setting\."),
         ("yield {'train.steps': 0}", r"run 0: config\.train\.steps: 0 is out of range"),
         ("yield {'objective.name': 'dpo', 'objective.gamma': 1.0}", r"run 0: config\.objective\.gamma: dpo has no such setting"),
         ("yield {'train.seed': 1}; yield {'train.seed': 1}", "run 1: .* repeats run 0"),
@@ -76,13 +79,34 @@ def test_the_example_is_a_valid_sweep(sweep):
     assert len(sweep.expand(ROOT / "configs" / "sweeps" / "beta.py", "runs")) == 9
 
 
-@pytest.mark.parametrize(("keep_going", "outcome"), [(False, ["ok", "failed with exit code 3", "not run"]), (True, ["ok", "failed with exit code 3", "ok"])])
-def test_execute_stops_at_the_first_failure_or_goes_on(sweep, capfd, keep_going, outcome):
+@pytest.mark.parametrize(("keep_going", "last"), [(False, "not run"), (True, "ok")])
+def test_execute_stops_at_the_first_failure_or_goes_on(sweep, capfd, keep_going, last):
     commands = [[sys.executable, "-c", f"raise SystemExit({code})"] for code in (0, 3, 0)]
     assert sweep.execute(["a", "b", "c"], commands, keep_going) == 1
     summary = capfd.readouterr().out.split("Sweep:\n")[1].splitlines()
-    assert summary == [f"  {name}: {state}" for name, state in zip("abc", outcome, strict=True)]
+    assert summary == [f"  {name}: {state}" for name, state in zip("abc", ["ok", "failed with exit code 3", last], strict=True)]
     assert sweep.execute(["a"], commands[:1], keep_going) == 0
+
+
+def test_ctrl_c_lets_the_run_save_and_stops_the_sweep(tmp_path):
+    saves = (
+        "import sys, time\ntry:\n    print('started', flush=True); time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(1); open(sys.argv[1], 'w').close()"
+    )
+    body = (
+        "import importlib.util, sys\nspec = importlib.util.spec_from_file_location('launch_sweep', sys.argv[1])\n"
+        "module = importlib.util.module_from_spec(spec); sys.modules['launch_sweep'] = module; spec.loader.exec_module(module)\n"
+        f"sys.exit(module.execute(['a', 'b'], [[sys.executable, '-c', {saves!r}, name] for name in 'ab'], True))"
+    )
+    arguments = [sys.executable, "-c", body, str(SCRIPT)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True)
+    while process.stdout.readline() not in ("started\n", ""):
+        pass
+    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1, err
+    assert (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    assert out.splitlines()[-2:] == ["  a: interrupted", "  b: not run"]
 
 
 def test_printed_commands_parse_to_the_configs_of_the_sweep(tmp_path):
@@ -99,6 +123,4 @@ def test_printed_commands_parse_to_the_configs_of_the_sweep(tmp_path):
     assert again.returncode == 0, again.stderr
     overrides = {"objective.beta": 1.0, "eval.benchmarks": ("pope", "chair"), "eval.before": False}
     wanted = config.from_mapping(config_files.load(ROOT / "configs" / "base.py", overrides))
-    import json
-
     assert config.from_mapping(json.loads(again.stdout)) == wanted

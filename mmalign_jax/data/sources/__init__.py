@@ -5,11 +5,10 @@ from pathlib import Path
 
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data.sources import rlaif_v, rlhf_v, trl
-from mmalign_jax.data.sources.source import Source, columns_of, find_files
+from mmalign_jax.data.sources.source import MARKER, Source, columns_of, find_files
 from mmalign_jax.errors import DataError, UserError
 
 IMPORTERS = {"rlhf_v": rlhf_v.read, "rlaif_v": rlaif_v.read, "trl": trl.read}
-MARKER = "import.json"  # the file that makes a directory a set of prepared records
 
 
 def detect(path: str) -> str:

@@ -11,6 +11,8 @@ from mmalign_jax.data.bad_rows import BadRow, Place
 from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.types import Media, PreferenceRecord
 
+MARKER = "import.json"  # the file that makes a directory a set of prepared records
+
 Rows = Iterator[PreferenceRecord | BadRow]
 
 
@@ -52,7 +54,8 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     if root.is_file():
         return [root]
     if root.is_dir():
-        files = sorted(file for suffix in suffixes for file in root.rglob(f"*{suffix}") if file.is_file())
+        found = (file for suffix in suffixes for file in root.rglob(f"*{suffix}") if file.is_file())
+        files = sorted(file for file in found if not (file.parent / MARKER).exists())  # the lists of prepared sets are no data
     else:
         files = sorted(Path(name) for name in glob.glob(path, recursive=True) if Path(name).is_file())
     if not files:

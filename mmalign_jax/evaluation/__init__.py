@@ -1,0 +1,1 @@
+"""Measuring hallucination: one file a benchmark, and the generation that they share."""

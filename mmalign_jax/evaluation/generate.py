@@ -1,0 +1,67 @@
+"""Greedy answers to records' prompts: what every generative benchmark scores."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.config import DataConfig
+from mmalign_jax.data.device import to_device
+from mmalign_jax.data.loader import one_pass
+from mmalign_jax.data.plan import plan_rows
+from mmalign_jax.errors import UserError
+from mmalign_jax.hf.processor import Processor
+from mmalign_jax.models.llava import Llava
+from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
+from mmalign_jax.types import PairBatch, PreferenceRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """A generated answer; `finished` is false when it ran out of tokens before it ended."""
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+class Generator:
+    """Greedy generation with one model definition; parameters are given at each call, so that policies before and after share the compilation."""
+
+    def __init__(self, model: Llava, processor: Processor, mesh: Mesh, *, batch_size: int, max_new_tokens: int, workers: int = 4):
+        self._processor, self._mesh, self._workers = processor, mesh, workers
+        self._rows = -(-batch_size // mesh_lib.batch_divisor(mesh)) * mesh_lib.batch_divisor(mesh)
+        options = DecodeOptions(max_new_tokens, stop_ids=processor.eos_ids, banned_ids=processor.banned_ids)
+        self._generate = jax.jit(functools.partial(_greedy, model, options))
+
+    def __call__(self, params: dict, records: Sequence[PreferenceRecord], progress: Callable[[int], None] = lambda done: None) -> list[Answered]:
+        """One answer a record, in order. Responses of the records are not read.
+
+        Raises:
+          UserError: several processes; evaluation runs in one.
+        """
+        if jax.process_count() > 1:
+            raise UserError("config.eval.benchmarks: evaluation runs in one process; leave it empty here and use launch/evaluate.py after the run")
+        if not records:
+            return []
+        plan = plan_rows(records, self._processor, DataConfig(), answers=0)
+        out: list[Answered] = []
+        for part in one_pass(records, self._processor, plan, batch_size=self._rows, workers=self._workers):
+            with jax.set_mesh(self._mesh):
+                samples = jax.device_get(self._generate(params, to_device(part.batch, self._mesh, batch_axis=0)))
+            for tokens, length, stopped in zip(samples.tokens[part.valid, 0], samples.lengths[part.valid, 0], samples.stopped[part.valid, 0], strict=True):
+                out.append(Answered(self._processor.decode(tokens[:length]), int(length), bool(stopped)))
+            progress(len(out))
+        return out
+
+
+def _greedy(model: Llava, options: DecodeOptions, params: dict, batch: PairBatch) -> Samples:
+    features = model.encode_images(params, batch.images)
+    prefill = model.prefill(params, features, batch.tokens, batch.role, batch.positions, batch.image_index)
+    start = LaneStart.behind_prefix(batch.role)
+    keys = lane_keys(jax.random.key(0), batch.record_key, np.zeros_like(batch.record_key, dtype=np.int32), 1)
+    return decode_lanes(model, params, prefill, batch.role, batch.positions, start, keys, options)

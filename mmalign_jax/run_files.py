@@ -1,0 +1,69 @@
+"""What a run's directory remembers, so that the same command goes on and another one is refused."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmalign_jax.config import Config, to_mapping
+from mmalign_jax.errors import UserError
+
+# Settings that may change between a run and its continuation: they do not change what is computed
+_MAY_CHANGE = ("mesh", "report", "checkpoint", "export", "data.workers", "data.cache", "train.log_every", "eval.batch_size", "pairs.batch_size")
+
+
+def claim(config: Config, workdir: Path) -> bool:
+    """Writes `config.json`, or compares it with the one of the run that is there. Returns whether there was one.
+
+    Raises:
+      UserError: the directory holds a run with other settings; the message names them.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    file, now = workdir / "config.json", json.loads(json.dumps(to_mapping(config)))
+    found = file.exists()
+    if found:
+        before = read_json(file)
+        differing = [
+            f"config.{key}: {_get(before, key)!r} there, {_get(now, key)!r} now"
+            for key in sorted(set(_keys(before)) | set(_keys(now)))
+            if _get(before, key) != _get(now, key) and not key.startswith(_MAY_CHANGE)
+        ]
+        if differing:
+            raise UserError(f"--workdir: {workdir} holds a run with other settings ({'; '.join(differing[:5])}); use a new directory")
+    write_json(file, now)
+    return found
+
+
+def once(file: Path, make: Callable[[], Any]) -> Any:
+    """The JSON value in `file`; made and written first when there is none. A part of a run that is done is not done again."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, make())
+    return read_json(file)
+
+
+def read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not readable as JSON ({error}); remove it") from error
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Atomic: the file is the old or the new one, never a part."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    part.replace(file)
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    out = []
+    for key, value in values.items():
+        out += _keys(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [prefix + key]
+    return out
+
+
+def _get(values: Mapping[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values

@@ -1,0 +1,44 @@
+"""Model FLOPs of a training step from the formulas of the field: the compiler's own counts are wrong under scan."""
+
+import jax
+
+from mmalign_jax.models.config import LlavaConfig
+from mmalign_jax.types import PairBatch
+
+# Peak dense bf16 FLOP/s of one JAX device, by `device_kind`, as the makers state them
+PEAK = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5": 459e12, "TPU v5p": 459e12, "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100-SXM4-80GB": 312e12,
+}  # fmt: skip
+
+
+def step_flops(config: LlavaConfig, batch: PairBatch, *, reference: bool, other_image: bool, freeze: tuple[str, ...]) -> float:
+    """FLOPs of one step over all rows, recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
+
+    Slots are counted as they are computed, padding too.
+    """
+    c, v = config.decoder, config.vision
+    rows = batch.tokens.size // batch.tokens.shape[-1]
+    layer = 2 * c.width * c.head_width * (c.heads + c.kv_heads) + 3 * c.width * c.mlp_width
+    passes = 2 + (0 if "decoder" in freeze else 4) + (2 if reference else 0)
+
+    def decoder(slots: int, answers: int) -> float:
+        per_token = c.layers * layer
+        attention = 2 * c.layers * slots * c.heads * c.head_width
+        head = answers * batch.answer_slots * c.width * c.vocab_size
+        return passes * (slots * (per_token + attention) + head)
+
+    tower_layer = 4 * v.width * v.width + 2 * v.width * v.mlp_width
+    tokens = v.patches + 1
+    tower = tokens * config.used_vision_layers * (tower_layer + 2 * tokens * v.width) + v.patches * 3 * v.patch_size**2 * v.width
+    tower *= batch.images.shape[-4] * (2 if "vision_tower" in freeze else 6)
+    total = decoder(batch.tokens.shape[-1], batch.answers) + tower
+    if other_image:
+        total += decoder(batch.prefix_slots + batch.answer_slots, 1) + tower
+    return float(rows * total)
+
+
+def mfu(flops: float, seconds: float) -> float | None:
+    """Model FLOPs utilisation over all devices; None on a device whose peak is not known."""
+    peak = PEAK.get(jax.devices()[0].device_kind)
+    return None if peak is None else flops / seconds / (peak * jax.device_count())

@@ -1,0 +1,172 @@
+"""The loop around the step: feed, log, checkpoint, stop and go on."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mmalign_jax.config import Config
+from mmalign_jax.data.device import to_device
+from mmalign_jax.errors import UserError
+from mmalign_jax.models.config import LlavaConfig
+from mmalign_jax.report.console import Console
+from mmalign_jax.report.metrics import MetricsWriter
+from mmalign_jax.training.checkpoint import Checkpoints
+from mmalign_jax.training.flops import mfu, step_flops
+from mmalign_jax.training.optimizer import make_optimizer, make_schedule
+from mmalign_jax.training.signals import StopRequest
+from mmalign_jax.training.step import LossFunction, init_state, make_train_step, split_params, zero_gradients
+from mmalign_jax.types import PairBatch, TrainState
+
+
+class Batches(Protocol):
+    """Where steps get their rows: `data.loader.Loader`, or a maker that uses the current policy."""
+
+    def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
+        """The next rows `[A, b, ...]` on the host, and metrics of their making. `params`: the policy's whole tree."""
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """How training ended: the policy's whole tree, and the name of the signal that stopped it early ("" when it is finished)."""
+
+    params: dict
+    step: int
+    stopped_by: str
+
+
+def train(
+    config: Config,
+    workdir: Path,
+    mesh: Mesh,
+    sizes: LlavaConfig,
+    loss: LossFunction,
+    load_params: Callable[[str], dict],
+    batches: Batches,
+    console: Console,
+) -> Trained:
+    """Trains until `config.train.steps`, or goes on from the newest checkpoint of `workdir`.
+
+    Args:
+      load_params: the SFT model's tree in the type given by name, in its shards: policy at step 0, and reference.
+
+    Raises:
+      UserError: a step's loss is not finite (with the step and the rows' record keys), or a checkpoint cannot be read.
+    """
+    optimizer, schedule = make_optimizer(config.optimizer, config.train.steps), make_schedule(config.optimizer, config.train.steps)
+    kept = config.model.reference_dtype
+    kept = loss.model.dtype if kept == "auto" else kept
+    with jax.set_mesh(mesh):
+        with console.phase("Loading policy"):
+            params, _ = split_params(load_params("float32"), config.model.freeze)
+        with console.phase("Loading reference and frozen parts"):
+            reference, frozen = split_params(load_params(kept), config.model.freeze)
+            reference = reference if loss.objective.needs_reference else None
+        state = init_state(params, frozen, optimizer, config.train.seed)
+        step = make_train_step(loss, optimizer, schedule)
+        checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+        writer = MetricsWriter(
+            workdir, config.report.tensorboard, config.report.wandb, dataclasses.asdict(config), enabled=jax.process_index() == 0
+        )
+        try:
+            with writer, StopRequest() as stop:
+                start = 0
+                if checkpoints.latest is not None:
+                    state, position = checkpoints.restore(state)
+                    batches.set_state(position)
+                    start = int(state.step)
+                    console.line(f"Going on from the checkpoint of step {start}")
+                writer.truncate_after(start)
+                run = _Run(config, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop)
+                state = run(state, reference, start)
+        finally:
+            checkpoints.close()
+    name = "" if stop.signal is None or int(state.step) >= config.train.steps else stop.signal.name
+    return Trained({**state.params, **state.frozen}, int(state.step), name)
+
+
+@dataclasses.dataclass
+class _Run:
+    """The loop's body with what it needs around it."""
+
+    config: Config
+    mesh: Mesh
+    sizes: LlavaConfig
+    loss: LossFunction
+    step: Callable
+    batches: Batches
+    checkpoints: Checkpoints
+    writer: MetricsWriter
+    console: Console
+    stop: StopRequest
+
+    def __call__(self, state: TrainState, reference: dict | None, start: int) -> TrainState:
+        steps = self.config.train.steps
+        if start >= steps:
+            return state
+        self.console.line(f"Training from step {start} to {steps}; the first step compiles")
+        began, since, waited, in_flight = time.monotonic(), start, 0.0, None
+        for number in range(start, steps):
+            asked = time.monotonic()
+            batch, made = self.batches.next_batch({**state.params, **state.frozen})
+            waited += time.monotonic() - asked
+            device_batch = to_device(batch, self.mesh)
+            state, metrics = self.step(state, reference, device_batch)
+            # the step before has ended by now: looking at it does not hold the device up
+            if in_flight is not None:
+                self._check_finite(*in_flight)
+            in_flight = (number, batch, metrics)
+            done = number + 1
+            if number == 0:
+                self._census(state, reference, device_batch, int(metrics["zero_gradients"]))
+            if done % self.config.train.log_every == 0 or done == steps or number == 0:
+                self._check_finite(*in_flight)
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()} | made
+                seconds = (time.monotonic() - began) / (done - since)
+                values |= self._speed(batch, seconds, waited / (done - since))
+                self.writer.write(done, values)
+                self.console.status(done, steps, values)
+                began, since, waited = time.monotonic(), done, 0.0
+            if done % self.config.checkpoint.every == 0 or done == steps or self.stop.signal is not None:
+                self._check_finite(*in_flight)
+                self.checkpoints.save(state, self.batches.get_state())
+            if self.stop.signal is not None and done < steps:
+                self.console.line(f"{self.stop.signal.name}: saving at step {done}; the same command goes on from here")
+                break
+        return state
+
+    def _speed(self, batch: PairBatch, seconds: float, waiting: float) -> dict[str, float]:
+        rows = self.config.train.batch_size
+        values = {"step_s": seconds, "pairs_per_s": rows / seconds, "input_wait_s": waiting}
+        objective = self.loss.objective
+        freeze = self.config.model.freeze
+        flops = step_flops(self.sizes, batch, reference=objective.needs_reference, other_image=objective.needs_other_image, freeze=freeze)
+        used = mfu(flops, seconds)
+        return values if used is None else {**values, "mfu": used}
+
+    def _check_finite(self, number: int, batch: PairBatch, metrics: dict) -> None:
+        value = float(metrics["loss"])
+        if not np.isfinite(value) or not np.isfinite(float(metrics["grad_norm"])):
+            keys = ", ".join(f"{key:08x}" for key in np.asarray(batch.record_key).reshape(-1)[:16])
+            raise UserError(
+                f"step {number + 1}: loss {value}, gradient norm {float(metrics['grad_norm'])}. The state is not saved; the newest checkpoint "
+                f"is from before. Lower config.optimizer.learning_rate, or look at the rows with record keys {keys}"
+            )
+
+    def _census(self, state: TrainState, reference: dict | None, batch: PairBatch, silent: int) -> None:
+        """Says which trainable tensors the first batch gives no gradient at all: usually a sign of a mistake."""
+        trainable = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        total = trainable + sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
+        self.console.line(f"Trainable: {trainable:,} of {total:,} parameters ({', '.join(sorted(state.params))})")
+        if silent:
+            names = zero_gradients(self.loss, state, reference, batch)
+            self.console.line(f"WARNING: no gradient on the first batch reaches {silent} tensors; after it still {', '.join(names) or 'none'}")
