@@ -9,7 +9,8 @@ Letters used in jaxtyping annotations throughout the package:
   D  width of the decoder                         V  vocabulary
   H  query heads      G  key/value heads          E  width of one head
   L  layers           S  decode lanes of a row    X  slots of a lane's own tail
-  Y  image height     W  image width              A  accumulation steps
+  Y  image height     W  image width              Z  width of the vision tower, or of the features taken from it
+  A  accumulation steps
 """
 
 import dataclasses

@@ -33,7 +33,8 @@ from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.types import PreferenceRecord
 
 _SPLIT = "train"
-_BUCKETS, _KEY_SPACE, _BUCKET_BYTES = 1000, 1 << 128, 256 << 20
+_SHARD_RECORDS = 2048
+_CHUNK_RECORDS = 64  # held in memory at a time; TFDS rewrites its metadata after each chunk
 
 
 class PreferenceRecords(tfds.core.GeneratorBasedBuilder):
@@ -56,13 +57,21 @@ class PreferenceRecords(tfds.core.GeneratorBasedBuilder):
         return {_SPLIT: self._generate_examples()}
 
     def _generate_examples(self):
-        # TFDS sorts by key, one of 1,000 buckets of the 128-bit key space at a time. Small consecutive keys would put the whole
-        # set into one bucket, and so into memory; keys that move on by a bucket every 256 MB keep the order and bound the memory.
-        written = 0
-        for index, example in enumerate(self._examples):
-            bucket = min(written // _BUCKET_BYTES, _BUCKETS - 1)
-            yield bucket * (_KEY_SPACE // _BUCKETS + 1) + index, example
-            written += len(example["record"]) + sum(map(len, example["media"]))
+        yield from enumerate(self._examples)
+
+    def _download_and_prepare(self, dl_manager, download_config) -> None:
+        """Streams the examples to shards.
+
+        The inherited method sorts them first, in memory up to 1 GB and beyond that in files which need TensorFlow.
+        """
+        info = self._info()  # one of its own, because self.info keeps the final directory and this is still a temporary one
+        writer = tfds.core.SequentialWriter(info, _SHARD_RECORDS, file_format=tfds.core.FileFormat.ARRAY_RECORD.value)
+        for split, examples in self._split_generators(dl_manager).items():
+            writer.initialize_splits([split])
+            while chunk := [example for _, example in itertools.islice(examples, _CHUNK_RECORDS)]:
+                writer.add_examples({split: chunk})
+        writer.close_all()
+        self.info.set_splits(info.splits)
 
     def _log_download_bytes(self) -> None:
         """Nothing is downloaded."""
@@ -169,12 +178,8 @@ def _import(config: DataConfig, source: Source, work: Path, progress: Callable[[
             found = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items())) or "it is empty"
             raise DataError(f"no usable row ({found})", file=source.name, mend="Check config.data.path and config.data.format.")
         builder = PreferenceRecords(itertools.chain([first], examples), data_dir=str(work), file_format="array_record")
-        tfds.disable_progress_bar()  # `progress` reports in its place
-        try:
-            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-        finally:
-            tfds.display_progress_bar(True)
-            shutil.rmtree(work / "downloads", ignore_errors=True)  # TFDS makes it, empty
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+        shutil.rmtree(work / "downloads", ignore_errors=True)  # TFDS makes it, empty
     (split,) = builder.info.splits.values()
     shards = {path.name: path.stat().st_size for path in map(Path, split.filepaths)}
     return {"read": read, "count": split.num_examples, "skipped": dict(sorted(counts.items())), "shards": shards}

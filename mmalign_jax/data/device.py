@@ -1,18 +1,21 @@
 """Host batches -> global arrays on the mesh."""
 
+from typing import TypeVar
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from mmalign_jax import mesh as mesh_lib
-from mmalign_jax.types import PairBatch
+
+Batch = TypeVar("Batch")
 
 
-def to_device(batch: PairBatch, mesh: Mesh, *, batch_axis: int = 1) -> PairBatch:
+def to_device(batch: Batch, mesh: Mesh, *, batch_axis: int = 1) -> Batch:
     """Global arrays whose rows are split over the mesh's batch axes, from the rows that this process holds.
 
     Args:
-      batch: numpy arrays; rows of this process along `batch_axis`.
+      batch: a `PairBatch`, or another tree of numpy arrays; rows of this process along `batch_axis`.
       batch_axis: 1 for `[A, b, ...]` (training), 0 for `[b, ...]` (one pass).
     """
 

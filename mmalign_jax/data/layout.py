@@ -67,7 +67,7 @@ class RowSize:
 
     @property
     def longest(self) -> int:
-        return max(self.answers)
+        return max(self.answers, default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,10 @@ class RowTokens:
     prefix: np.ndarray
     answers: tuple[tuple[np.ndarray, np.ndarray], ...]
     media: tuple[int, ...]  # the record's media in the order of their placeholders
+
+    @property
+    def nbytes(self) -> int:
+        return self.prefix.nbytes + sum(ids.nbytes + scored.nbytes for ids, scored in self.answers)
 
     @property
     def size(self) -> RowSize:
@@ -92,7 +96,7 @@ def tokenize(record: PreferenceRecord, pref: Preference | None, processor: RowPr
 
     Args:
       pref: which responses are the chosen and the rejected one; None for the reference answer, response 0.
-      answers: K, 2 for (win, lose), 1 for the win or the reference alone.
+      answers: K, 2 for (win, lose), 1 for the win or the reference alone, 0 for the prompt alone.
 
     Raises:
       DataError: the row has no preference though K is 2, a text cannot be tokenised, or placeholders and images do not fit.
@@ -102,7 +106,7 @@ def tokenize(record: PreferenceRecord, pref: Preference | None, processor: RowPr
         raise place.bad("no_answer", "the row has no pair of answers", "Make pairs first (config.pairs.maker) or remove the row.")
     if pref is not None and pref.weight != 1.0:
         raise place.bad("malformed_row", f"the preference has weight {pref.weight}; only 1 is supported", "Set the weight to 1.")
-    chosen = (0,) if pref is None else (pref.win, pref.lose)[:answers]
+    chosen = ((0,) if pref is None else (pref.win, pref.lose))[:answers]
     media = tuple(part.media for turn in record.turns for part in turn.parts if part.media is not None)
     try:
         prompt = processor.prompt_ids(record.turns)
@@ -111,19 +115,28 @@ def tokenize(record: PreferenceRecord, pref: Preference | None, processor: RowPr
         raise
     except UserError as error:
         raise place.bad("malformed_row", f"the row cannot be tokenised: {error}", "Correct the text or remove the row.") from error
+    if not record.complete:
+        parts = [(ids[:-1], scored[:-1]) for ids, scored in parts]  # the end token
     _check_placeholders(prompt, parts, len(media), processor, place)
-    shared = _shared(parts)
-    prefix = np.concatenate([prompt, parts[0][0][:shared]]).astype(np.int32)
+    shared = _shared(parts) if parts else 0
+    prefix = np.concatenate([prompt, parts[0][0][:shared]]).astype(np.int32) if parts else prompt
     return RowTokens(prefix, tuple((ids[shared:], scored[shared:]) for ids, scored in parts), media)
 
 
-def lay_out(record: PreferenceRecord, pref: Preference | None, processor: RowProcessor, layout: RowLayout) -> dict[str, Any]:
+def lay_out(
+    record: PreferenceRecord, pref: Preference | None, processor: RowProcessor, layout: RowLayout, row: RowTokens | None = None
+) -> dict[str, Any]:
     """The numpy arrays of one row, named as in `types.PairBatch`: `[T]` each, images `[M, Y, W, 3]`.
+
+    Args:
+      row: what `tokenize` gave for this row and the layout's K, where that is at hand.
 
     Raises:
       DataError: the row does not fit into the layout, or see `tokenize` and `decode_image`.
     """
-    row = tokenize(record, pref, processor, layout.answers)
+    row = row or tokenize(record, pref, processor, layout.answers)
+    if len(row.answers) != layout.answers:
+        raise ValueError(f"tokens of {len(row.answers)} answers for a layout of {layout.answers}")
     place = place_of(record)
     if problem := misfit(row.size, layout):
         raise place.bad("malformed_row", problem, "Raise config.data.prefix_tokens or answer_tokens, or set config.data.on_long_row.")

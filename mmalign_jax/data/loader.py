@@ -20,15 +20,17 @@ from mmalign_jax.types import PairBatch
 
 @dataclasses.dataclass(frozen=True)
 class _LayOut:
-    """Item (record index, pref index) -> row. Reading and decoding happen here, on Grain's threads."""
+    """Number of an item -> row. Reading and decoding happen here, on Grain's threads."""
 
     records: Records
     processor: RowProcessor
     plan: RowPlan
 
-    def __call__(self, item: np.ndarray) -> dict[str, Any]:
-        record = self.records[int(item[0])]
-        return lay_out(record, preference_of(record, int(item[1])), self.processor, self.plan.layout)
+    def __call__(self, number: int) -> dict[str, Any]:
+        index, pref = map(int, self.plan.items[number])
+        record = self.records[index]
+        tokens = None if self.plan.tokens is None else self.plan.tokens[number]
+        return lay_out(record, preference_of(record, pref), self.processor, self.plan.layout, tokens)
 
 
 class Loader:
@@ -111,7 +113,7 @@ def make_loader(
             f"config.train.batch_size: {batch_size} is not a multiple of accumulate = {accumulate} times {process_count} processes"
         )
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # Grain takes 32 bits
-    rows = grain.MapDataset.source(plan.items).shuffle(shuffle_seed).repeat().map(_LayOut(records, processor, plan))
+    rows = grain.MapDataset.range(len(plan.items)).shuffle(shuffle_seed).repeat().map(_LayOut(records, processor, plan))
     process = (process_index, process_count)
     return Loader(rows, plan, batch_size=batch_size, accumulate=accumulate, process=process, workers=workers, seed=seed)
 
@@ -149,8 +151,8 @@ def one_pass(
     lay = _LayOut(records, processor, plan)
 
     def row(index: int) -> dict[str, Any]:
-        item = plan.items[min(index, count - 1)]
-        return {**lay(item), "valid": np.bool_(index < count), "items": item}
+        number = min(index, count - 1)
+        return {**lay(number), "valid": np.bool_(index < count), "items": plan.items[number]}
 
     padded = -(-count // batch_size) * batch_size
     rows = grain.MapDataset.range(padded)[process_index::process_count].map(row)

@@ -9,7 +9,7 @@ import numpy as np
 
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data.bad_rows import place_of
-from mmalign_jax.data.layout import RowLayout, RowProcessor, RowSize, misfit, tokenize
+from mmalign_jax.data.layout import RowLayout, RowProcessor, RowSize, RowTokens, misfit, tokenize
 from mmalign_jax.errors import DataError
 from mmalign_jax.types import Preference, PreferenceRecord
 
@@ -23,6 +23,10 @@ class Records(Protocol):
     def __getitem__(self, index: int, /) -> PreferenceRecord: ...
 
 
+# Tokens of the scan are kept while they take less: tokenising costs more than decoding a small picture. Larger sets tokenise again.
+KEEP_TOKEN_BYTES = 256 << 20
+
+
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
     """A row that is not trained on as it is, and why."""
@@ -32,7 +36,7 @@ class LeftOut:
     problem: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class RowPlan:
     """The layout, and the rows that are laid out: `items i32[n, 2]`, record index and index into its `prefs` (-1: reference answer).
 
@@ -45,6 +49,7 @@ class RowPlan:
     counts: Mapping[str, int]
     left_out: tuple[LeftOut, ...]
     padding_fraction: float  # share of a row's token slots that are empty, on average
+    tokens: tuple[RowTokens, ...] | None = dataclasses.field(default=None, repr=False)  # of `items`, None when they are too many to keep
 
 
 def preference_of(record: PreferenceRecord, index: int) -> Preference | None:
@@ -57,7 +62,7 @@ def measure(records: Records, processor: RowProcessor, *, answers: int, multiple
     Raises:
       DataError: see `tokenize`.
     """
-    rows = [row for _, _, row in _rows(records, processor, answers)]
+    rows = [row.size for _, _, row in _rows(records, processor, answers)]
     return _layout(rows, DataConfig(), answers, multiple)
 
 
@@ -79,12 +84,19 @@ def plan_rows(records: Records, processor: RowProcessor, config: DataConfig, *, 
             raise error
         left_out.append(LeftOut(record_id, "dropped_bad", str(error)))
 
-    rows = list(_rows(records, processor, answers, refuse))
+    rows: list[tuple[int, int, RowSize]] = []
+    tokens: list[RowTokens] = []
+    room = KEEP_TOKEN_BYTES
+    for index, pref, row in _rows(records, processor, answers, refuse):
+        rows.append((index, pref, row.size))
+        room -= row.nbytes
+        if room >= 0:
+            tokens.append(row)
     bad = len(left_out)
     layout = _layout([row for _, _, row in rows], config, answers, multiple)
 
-    items, used = [], 0
-    for index, pref, row in rows:
+    items, kept, used = [], [], 0
+    for number, (index, pref, row) in enumerate(rows):
         if problem := misfit(row, layout):
             record = records[index]
             if config.on_long_row != "drop":
@@ -97,22 +109,24 @@ def plan_rows(records: Records, processor: RowProcessor, config: DataConfig, *, 
             problem = f"an answer of {row.longest} tokens is cut to {layout.answer_slots}"
             left_out.append(LeftOut(records[index].id, "shortened_answer", problem))
         items.append((index, pref))
+        kept.append(number)
         used += row.prefix + sum(min(length, layout.answer_slots) for length in row.answers)
     if not items:
         raise DataError("no row is left to train on", file=config.path or "records", mend="Check the data set and config.data.on_long_row.")
     counts = {"rows": len(rows) + bad, "kept": len(items), "dropped_long": 0, "dropped_bad": 0, "shortened_answer": 0}
     counts |= collections.Counter(row.policy for row in left_out)
     padding = 1.0 - used / (len(items) * layout.tokens)
-    return RowPlan(layout, np.array(items, np.int32).reshape(-1, 2), counts, tuple(left_out), padding)
+    known = tuple(tokens[number] for number in kept) if room >= 0 else None
+    return RowPlan(layout, np.array(items, np.int32).reshape(-1, 2), counts, tuple(left_out), padding, known)
 
 
-def _rows(records: Records, processor: RowProcessor, answers: int, refuse=None) -> Iterator[tuple[int, int, RowSize]]:
-    """Yields (record index, pref index, size); a row that cannot be tokenised goes to `refuse`, or is raised without one."""
+def _rows(records: Records, processor: RowProcessor, answers: int, refuse=None) -> Iterator[tuple[int, int, RowTokens]]:
+    """Yields (record index, pref index, tokens); a row that cannot be tokenised goes to `refuse`, or is raised without one."""
     for index in range(len(records)):
         record = records[index]
         for pref in range(len(record.prefs)) if answers > 1 and record.prefs else (-1,):
             try:
-                row = tokenize(record, preference_of(record, pref), processor, answers).size
+                row = tokenize(record, preference_of(record, pref), processor, answers)
             except DataError as error:
                 if refuse is None:
                     raise

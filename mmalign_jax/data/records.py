@@ -12,7 +12,8 @@ SCHEMA = 1  # raised whenever the JSON below changes; older sets are imported ag
 
 _STR, _INT, _FLOAT, _SCORE = (str,), (int,), (float, int), (float, int, type(None))
 _TOP = {
-    "schema": _INT, "id": _STR, "media": (list,), "turns": (list,), "responses": (list,), "prefs": (list,), "prefix": _STR, "meta": (dict,),
+    "schema": _INT, "id": _STR, "media": (list,), "turns": (list,), "responses": (list,), "prefs": (list,), "prefix": _STR,
+    "complete": (bool,), "meta": (dict,),
 }  # fmt: skip
 _MEDIA = {"kind": _STR, "origin": _STR}
 _TURN = {"role": _STR, "parts": (list,)}
@@ -34,6 +35,7 @@ def to_example(record: PreferenceRecord) -> dict[str, Any]:
         "responses": [dataclasses.asdict(response) for response in record.responses],
         "prefs": [dataclasses.asdict(pref) for pref in record.prefs],
         "prefix": record.prefix,
+        "complete": record.complete,
         "meta": dict(record.meta),
     }
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
@@ -61,6 +63,7 @@ def from_example(example: Mapping[str, Any], *, file: str, row: str) -> Preferen
             responses=tuple(Response(**_check(response, _RESPONSE, "response")) for response in plain["responses"]),
             prefs=tuple(Preference(**_check(pref, _PREF, "pref")) for pref in plain["prefs"]),
             prefix=plain["prefix"],
+            complete=plain["complete"],
             meta=plain["meta"],
         )
     except (ValueError, KeyError) as error:  # JSON and UTF-8 errors are ValueErrors
@@ -86,6 +89,6 @@ def _check(value: Any, spec: Mapping[str, tuple], name: str) -> dict[str, Any]:
     if not isinstance(value, dict) or set(value) != set(spec):
         raise ValueError(f"{name}: expected the keys {sorted(spec)}")
     for key, kinds in spec.items():
-        if not isinstance(value[key], kinds) or isinstance(value[key], bool):
+        if not isinstance(value[key], kinds) or (isinstance(value[key], bool) and bool not in kinds):
             raise ValueError(f"{name}.{key}: got {value[key]!r}")
     return value

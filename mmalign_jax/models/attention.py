@@ -56,7 +56,7 @@ def rotate(x: Float[Array, "*b H E"], cos: Float[Array, "*b E"], sin: Float[Arra
     return x * cos[..., None, :].astype(x.dtype) + turned * sin[..., None, :].astype(x.dtype)
 
 
-def _softmax(scores: Float[Array, "*b K"], mask: Bool[Array, "*b K"]) -> Float[Array, "*b K"]:
+def _softmax(scores: Float[Array, "*b K"], mask: Bool[Array, "*#b K"]) -> Float[Array, "*b K"]:
     return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), _NEVER), axis=-1)
 
 

@@ -58,6 +58,8 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LlavaConfig:
+    """A LLaVA model: vision tower, two-layer projector, decoder (arXiv 2304.08485, 2310.03744)."""
+
     decoder: DecoderConfig
     vision: VisionConfig
     image_token_id: int

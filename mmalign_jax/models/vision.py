@@ -16,7 +16,7 @@ class _Attention(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B M N W"]) -> Float[Array, "B M N W"]:
+    def __call__(self, x: Float[Array, "B M N Z"]) -> Float[Array, "B M N Z"]:
         width, heads = self.config.width, self.config.heads
         head = width // heads
         project = lambda name: Linear(  # noqa: E731
@@ -33,7 +33,7 @@ class _Mlp(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B M N W"]) -> Float[Array, "B M N W"]:
+    def __call__(self, x: Float[Array, "B M N Z"]) -> Float[Array, "B M N Z"]:
         width, inner = self.config.width, self.config.mlp_width
         up = Linear("bmnw,wf->bmnf", (width, inner), ("embed", "mlp"), (*_ROWS, "mlp"), (inner,), ("mlp",), name="up")(x)
         down = Linear("bmnf,fw->bmnw", (inner, width), ("mlp", "embed"), (*_ROWS, None), (width,), (None,), name="down")
@@ -44,7 +44,7 @@ class _Block(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B M N W"], _: None) -> tuple[Float[Array, "B M N W"], Float[Array, "B M N W"]]:
+    def __call__(self, x: Float[Array, "B M N Z"], _: None) -> tuple[Float[Array, "B M N Z"], Float[Array, "B M N Z"]]:
         eps = self.config.norm_eps
         x = x + _Attention(self.config, name="attention")(LayerNorm(eps, name="norm1")(x))
         x = x + _Mlp(self.config, name="mlp")(LayerNorm(eps, name="norm2")(x))
@@ -52,6 +52,8 @@ class _Block(nn.Module):
 
 
 class VisionTower(nn.Module):
+    """CLIP's vision transformer without its last norm, as far as the last hidden state that is used."""
+
     config: LlavaConfig
     remat: bool
 
@@ -72,7 +74,7 @@ class VisionTower(nn.Module):
         rows, images, tokens, width = features.shape
         return mesh.reshape(features, (rows, images * tokens, width), "batch", None, None)
 
-    def _embed(self, pixels: Float[Array, "B M Y W 3"]) -> Float[Array, "B M N W"]:
+    def _embed(self, pixels: Float[Array, "B M Y W 3"]) -> Float[Array, "B M N Z"]:
         vision = self.config.vision
         rows, images = pixels.shape[:2]
         side, patch, width = vision.image_size // vision.patch_size, vision.patch_size, vision.width

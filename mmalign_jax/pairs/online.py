@@ -10,14 +10,16 @@ from mmalign_jax.config import TrainConfig
 from mmalign_jax.data.layout import RowLayout, RowProcessor, lay_out, misfit, tokenize
 from mmalign_jax.data.plan import Records, RowPlan
 from mmalign_jax.errors import UserError
-from mmalign_jax.pairs.bdhs import BdhsSampler
+from mmalign_jax.pairs.bdhs import BdhsSampler, Outcome
 from mmalign_jax.types import PairBatch, Preference, PreferenceRecord, Response
+
+_PAIR = Preference(0, 1)
 
 
 class OnlineBatches:
     """Batches of pairs made by the policy that is trained. Step s takes records [s B, (s + 1) B) of an endless shuffled sequence.
 
-    A record whose rejected answer came out as its reference, or empty, or too long for the slots, stays in the batch as a pair of equal
+    A record whose rejected answer came out as its reference, unusable, or too long for the slots, stays in the batch as a pair of equal
     answers, which gives no preference gradient; such rows are counted in the metrics.
 
     Args:
@@ -26,22 +28,27 @@ class OnlineBatches:
     """
 
     def __init__(self, records: Records, processor: RowProcessor, sampler: BdhsSampler, plan: RowPlan, layout: RowLayout, config: TrainConfig):
+        if layout.answers != 2 or plan.layout.answers != 1:
+            raise ValueError("the plan is of rows with one answer, the layout of rows with two")
         self._records, self._processor, self._sampler, self._layout, self._config = records, processor, sampler, layout, config
-        shuffle_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0])
+        shuffle_seed = int(np.random.SeedSequence(config.seed).generate_state(1)[0])  # as the offline loader does
         self._rows = grain.MapDataset.source(plan.items).shuffle(shuffle_seed).repeat()
+        self._identity = {"seed": config.seed, "items": len(plan.items)}
         self._step = 0
 
     def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
-        """The next pairs `[A, b, ...]`, and how they came out."""
+        """The next pairs `[A, b, ...]`, and how they came out.
+
+        The metrics are shares of the rows (`bdhs/changed`, `bdhs/unusable`, `bdhs/too_long`) and means over them.
+        """
         size = self._config.batch_size
         records = [self._records[int(self._rows[self._step * size + i][0])] for i in range(size)]
         outcomes = self._sampler(params, records, draw=self._step)
-        changed = [outcome.changed and self._fits(outcome.record, outcome.rejected) for outcome in outcomes]
-        rows = []
-        for record, outcome, keep in zip(records, outcomes, changed, strict=True):
-            rejected = outcome.rejected if keep else record.responses[0].text
-            pair = dataclasses.replace(record, responses=(record.responses[0], Response(rejected, source="bdhs")), prefs=(Preference(0, 1),))
-            rows.append(lay_out(pair, pair.prefs[0], self._processor, self._layout))
+        pairs = [_pair(outcome, outcome.rejected) for outcome in outcomes]
+        fits = [not outcome.problem and self._fits(pair) for outcome, pair in zip(outcomes, pairs, strict=True)]
+        changed = [outcome.changed and fit for outcome, fit in zip(outcomes, fits, strict=True)]
+        pairs = [pair if kept else _pair(outcome, outcome.reference.text) for outcome, pair, kept in zip(outcomes, pairs, changed, strict=True)]
+        rows = [lay_out(pair, _PAIR, self._processor, self._layout) for pair in pairs]
         self._step += 1
         lead = (self._config.accumulate, size // self._config.accumulate)
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
@@ -50,21 +57,35 @@ class OnlineBatches:
             prefix_slots=self._layout.prefix_slots,
             answer_slots=self._layout.answer_slots,
         )
+        unusable = np.array([bool(outcome.problem) for outcome in outcomes])
         made = {
             "bdhs/changed": float(np.mean(changed)),
+            "bdhs/unusable": float(np.mean(unusable)),
+            "bdhs/too_long": float(np.mean(~unusable & ~np.array(fits))),
             "bdhs/iterations": float(np.mean([outcome.iteration for outcome in outcomes])),
             "bdhs/similarity": float(np.mean([outcome.similarity for outcome in outcomes])),
         }
         return batch, made
 
     def get_state(self) -> dict[str, Any]:
-        return {"online_step": self._step}
+        """What JSON can hold: the steps that are behind us, and what the order depends on."""
+        return {"online_step": self._step, **self._identity}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        if set(state) != {"online_step"}:
-            raise UserError("the checkpoint is of a run with offline pairs; use a new --workdir")
+        """Goes to where `get_state` was called.
+
+        Raises:
+          UserError: the state belongs to offline pairs, another seed or another set of rows.
+        """
+        identity = {name: state.get(name) for name in self._identity}
+        if identity != self._identity or not isinstance(state.get("online_step"), int):
+            raise UserError(f"the checkpoint is of a run with other data or with offline pairs ({state}); use a new --workdir")
         self._step = state["online_step"]
 
-    def _fits(self, record: PreferenceRecord, rejected: str) -> bool:
-        pair = dataclasses.replace(record, responses=(record.responses[0], Response(rejected)))
-        return not misfit(tokenize(pair, Preference(0, 1), self._processor, 2).size, self._layout)
+    def _fits(self, pair: PreferenceRecord) -> bool:
+        return not misfit(tokenize(pair, _PAIR, self._processor, 2).size, self._layout)
+
+
+def _pair(outcome: Outcome, rejected: str) -> PreferenceRecord:
+    answers = (outcome.reference, Response(rejected, source="bdhs"))
+    return dataclasses.replace(outcome.record, responses=answers, prefs=(_PAIR,))

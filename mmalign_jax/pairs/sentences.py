@@ -2,9 +2,10 @@
 
 import re
 
-_END = re.compile(r"[.!?]+(?=\s|$)")
-# arXiv 2407.02477 tests `^[\s]*(Yes|yes|No|no)`, which also fires on "Not", "None" and "North": a word boundary is added
-_YES_NO = re.compile(r"^\s*(Yes|yes|No|no)\b")
+# closing quotes and brackets belong to the sentence, as they do in the tokens that end one (`Processor.sentence_end_ids`)
+_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)")
+# arXiv 2407.02477 tests `^[\s]*(Yes|yes|No|no)`, which also fires on "Not", "None", "North" and "No-one": a boundary is added
+_YES_NO = re.compile(r"^\s*(Yes|yes|No|no)\b(?![-'’])")
 _SWAP = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
 
 
@@ -12,7 +13,7 @@ def split_sentences(text: str) -> list[tuple[int, int]]:
     """Spans (start, end) of the sentences of a text, in characters; together they cover it.
 
     A sentence ends with `.`, `!` or `?` before white space or the end of the text, so "3.5" stays whole. The white space that follows
-    belongs to the next sentence.
+    belongs to the next sentence; behind the last sentence it belongs to that one.
     """
     spans, start = [], 0
     for match in _END.finditer(text):

@@ -1,15 +1,16 @@
-"""How alike two answers are: the built-in measure of BDHS's acceptance test. A sentence encoder has the same signature."""
+"""How alike two answers are: the measure of BDHS's acceptance test."""
 
 import collections
 import math
 import re
+from collections.abc import Callable
 
 
 def ngram_cosine(a: str, b: str) -> float:
     """Cosine of the counts of words and word pairs, case and punctuation aside: 1 for the same words in the same order, 0 for none shared.
 
     Unlike a sentence encoder it has no notion of meaning, and one changed word in a short answer already counts: with it, "similarity
-    below 0.97" means "some word differs" for answers of up to about 60 words.
+    below 0.97" means "some word differs" for answers of up to 33 different words, and "a word inside differs" for up to 50.
     """
     left, right = _counts(a), _counts(b)
     if not left or not right:
@@ -21,3 +22,6 @@ def ngram_cosine(a: str, b: str) -> float:
 def _counts(text: str) -> collections.Counter:
     words = re.findall(r"\w+", text.lower())
     return collections.Counter(words) + collections.Counter(zip(words, words[1:], strict=False))
+
+
+MEASURES: dict[str, Callable[[str, str], float]] = {"ngram": ngram_cosine}  # by the name that config.pairs.similarity gives

@@ -74,19 +74,44 @@ def test_records_come_back_in_order_and_exactly(tmp_path):
         found[23]
 
 
-def test_a_set_that_is_sorted_on_disk_keeps_its_order(tmp_path, monkeypatch):
-    from tensorflow_datasets.core import shuffle
-
-    monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 2000)
-    monkeypatch.setattr(builder, "_BUCKET_BYTES", 1500)
+def test_many_shards_keep_the_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(builder, "_SHARD_RECORDS", 6)
+    monkeypatch.setattr(builder, "_CHUNK_RECORDS", 4)
     done = builder.prepare(DataConfig(), given(*(record(f"r{n}") for n in range(20))), tmp_path / "set")
+    assert len(list(done.dir.rglob("*array_record*"))) == 4
     found = builder.open_records(done.dir)
     assert [found[index].id for index in range(20)] == [f"r{n}" for n in range(20)]
+    (last,) = done.dir.rglob("*array_record*3")
+    damage(last, flip)
+    found = builder.open_records(done.dir)
+    assert found[17].id == "r17"
+    with pytest.raises(DataError, match=f"{last.name}, row 18: the shard is corrupt"):
+        found[18]
 
 
-def test_no_tensorflow():
-    code = "import sys, mmalign_jax.data.builder, mmalign_jax.data.loader; sys.exit('tensorflow' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 0
+HEAD = """
+import os, sys
+sys.path.insert(0, sys.argv[2])
+from helpers.rows import record
+from mmalign_jax.config import DataConfig
+from mmalign_jax.data import builder
+from mmalign_jax.data.sources.source import Source
+"""
+
+
+def run(code, out):
+    """The exit status of a fresh process that runs `code` with `sys.argv[1]` as the set to write."""
+    tests = str(pathlib.Path(__file__).parents[1])
+    return subprocess.run([sys.executable, "-c", HEAD + code, str(out), tests], timeout=100).returncode
+
+
+def test_no_tensorflow(tmp_path):
+    code = """
+builder.prepare(DataConfig(), Source("s", "1", lambda: iter([record("a")])), sys.argv[1])
+assert builder.open_records(sys.argv[1])[0] == record("a")
+assert "tensorflow" not in sys.modules
+"""
+    assert run(code, tmp_path / "set") == 0
 
 
 def test_reuse_and_change(tmp_path):
@@ -134,19 +159,15 @@ def test_an_interrupted_import_leaves_what_was_there(tmp_path):
 
 
 def test_a_killed_import_is_no_set_and_does_not_hinder_the_next(tmp_path):
-    code = (
-        "import os, sys; sys.path[:0] = [sys.argv[2]]\n"
-        "from helpers.rows import record\n"
-        "from mmalign_jax.config import DataConfig\n"
-        "from mmalign_jax.data import builder\n"
-        "from mmalign_jax.data.sources.source import Source\n"
-        "def rows():\n"
-        "    yield from (record(f'r{n}') for n in range(5))\n"
-        "    os._exit(9)\n"
-        "builder.prepare(DataConfig(workers=0), Source('s', '1', rows), sys.argv[1])\n"
-    )
-    tests = str(pathlib.Path(__file__).parents[1])
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "set"), tests], timeout=100).returncode == 9
+    code = """
+def rows():
+    yield from (record(f"r{n}") for n in range(5))
+    os._exit(9)
+
+builder.prepare(DataConfig(workers=0), Source("s", "1", rows), sys.argv[1])
+"""
+    assert run(code, tmp_path / "set") == 9
+    assert (tmp_path / ".set.importing").is_dir()
     with pytest.raises(UserError, match="not a set of prepared records"):
         builder.open_records(tmp_path / "set")
     assert builder.prepare(DataConfig(), given(record()), tmp_path / "set").count == 1

@@ -52,6 +52,14 @@ def test_a_reference_answer():
         tokenize(row, None, PROCESSOR, 2)
 
 
+def test_a_prompt_alone_and_an_answer_that_goes_on():
+    row = record(chosen="yes", rejected="no")
+    alone = lay_out(row, None, PROCESSOR, RowLayout(8, 0, 0, 1))
+    assert alone["tokens"].tolist() == [BOS, *[IMAGE] * 3, *letters("Q?"), 0, 0]
+    cut = dataclasses.replace(row, complete=False)
+    assert [ids.tolist() for ids, _ in tokenize(cut, row.prefs[0], PROCESSOR, 2).answers] == [letters("yes"), letters("no")]
+
+
 def test_text_only_and_several_images():
     row = record(images=0)
     out = lay_out(row, row.prefs[0], PROCESSOR, RowLayout(8, 4, 2, 1))

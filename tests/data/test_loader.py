@@ -11,6 +11,7 @@ from helpers.rows import LetterProcessor, record
 
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data import builder
+from mmalign_jax.data import plan as plan_lib
 from mmalign_jax.data.device import process_slice, to_device
 from mmalign_jax.data.loader import make_loader, one_pass
 from mmalign_jax.data.plan import plan_rows
@@ -75,6 +76,14 @@ def test_processes_together_see_the_single_process_rows(plan, count):
         for part in range(2):
             together = np.concatenate([parts[p][step].record_key[part] for p in range(count)])
             assert sorted(together.tolist()) == sorted(alone[step].record_key[part].tolist())
+
+
+def test_tokens_kept_or_made_again_are_the_same(plan, monkeypatch):
+    monkeypatch.setattr(plan_lib, "KEEP_TOKEN_BYTES", 200)
+    again = plan_rows(RECORDS, PROCESSOR, DataConfig(), answers=2)
+    assert again.tokens is None and len(plan.tokens) == 10
+    for a, b in zip(take(loader(again), 5), take(loader(plan), 5), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_restore_gives_the_same_batches(plan):

@@ -15,6 +15,7 @@ FULL = record(
     responses=(Response("ein Stück", "model", 0.5, "good"), Response("no", score=None)),
     prefs=(Preference(1, 0, 1.0, 0.25),),
     prefix="",
+    complete=False,
     meta={"file": "a", "draws": [1, 2, {"mask": "\x00"}]},
 )
 
@@ -37,6 +38,7 @@ def test_bytes_that_end_with_zeros_stay():
 def test_every_damage_is_an_error():
     plain = json.loads(to_example(FULL)["record"])
     cases = [
+        ("schema", True), ("complete", 1),
         ("schema", 2), ("id", 5), ("media", plain["media"][:1]), ("turns", [{"role": "user"}]), ("responses", [{"text": "a"}]),
         ("turns", [{"role": "user", "parts": [{"text": "a", "media": 0}]}]), ("turns", [{"role": "user", "parts": [{"media": True}]}]),
         ("prefs", [{"win": 0.0, "lose": 1, "weight": 1.0, "margin": 0.0}]), ("meta", []), ("extra", 1),

@@ -1,0 +1,26 @@
+"""Writes a checkpoint of a run as a Hugging Face directory.
+
+    python launch/export.py --workdir runs/quickstart --out exported [--step 100]
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from mmalign_jax import cli, pipeline
+from mmalign_jax.errors import UserError
+
+
+def main() -> int:
+    options = flags.FLAGS
+    if not options.workdir or not options.out:
+        raise UserError("--workdir and --out: give the run's directory and the directory to write")
+    print(pipeline.export_step(Path(options.workdir), options.step, Path(options.out)))
+    return 0
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "directory of the run")
+    flags.DEFINE_string("out", None, "directory that receives the model")
+    flags.DEFINE_integer("step", None, "step of the checkpoint; the newest when not given")
+    cli.run_plain(main)

@@ -1,0 +1,304 @@
+"""A run from data to export: every part is written to the run's directory when it is done, and not done again by the same command."""
+
+import dataclasses
+import json
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mmalign_jax import losses, run_files
+from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.config import Config, to_mapping
+from mmalign_jax.data import builder
+from mmalign_jax.data.device import process_slice
+from mmalign_jax.data.images import decode_image
+from mmalign_jax.data.loader import Loader, make_loader
+from mmalign_jax.data.plan import RowPlan, plan_rows
+from mmalign_jax.data.sources.source import Source
+from mmalign_jax.errors import UserError
+from mmalign_jax.evaluation import world
+from mmalign_jax.evaluation.generate import Answered, Generator
+from mmalign_jax.hf.export import export
+from mmalign_jax.hf.import_ import load_params, read_config
+from mmalign_jax.hf.processor import Processor, load_processor
+from mmalign_jax.models.config import LlavaConfig
+from mmalign_jax.models.llava import Llava
+from mmalign_jax.models.params import param_shardings
+from mmalign_jax.pairs.bdhs import BdhsSampler, sample_pairs
+from mmalign_jax.pairs.online import OnlineBatches
+from mmalign_jax.pairs.sentences import split_sentences
+from mmalign_jax.report.console import Console
+from mmalign_jax.report.environment import environment
+from mmalign_jax.report.html import write_report
+from mmalign_jax.report.records import Answer, GalleryItem, ScoreRow, SkippedRow, score_cells
+from mmalign_jax.scenes import model as scenes_model
+from mmalign_jax.scenes import splits
+from mmalign_jax.training.loop import Batches, Trained, train
+from mmalign_jax.training.step import LossFunction
+from mmalign_jax.types import PairBatch, PreferenceRecord
+
+
+def run(config: Config, workdir: Path) -> int:
+    """Prepares data, measures, makes pairs, trains, measures again, exports and reports.
+
+    Returns:
+      0, or 128 + the signal's number when a signal stopped it; the same command then goes on.
+
+    Raises:
+      UserError: a mistake in config, data or checkpoint.
+    """
+    if config.mesh.distributed:
+        jax.distributed.initialize()
+    console = Console(enabled=jax.process_index() == 0)
+    if run_files.claim(config, workdir):
+        console.line(f"{workdir} holds this run already; going on with what is not done")
+    policy = Policy.load(config, workdir, console)
+    return _Run(config, workdir, policy, console)()
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The SFT model of a run: where it is, its definition, processor and mesh."""
+
+    path: Path
+    sizes: LlavaConfig
+    model: Llava
+    processor: Processor
+    mesh: Mesh
+
+    @classmethod
+    def load(cls, config: Config, workdir: Path, console: Console) -> "Policy":
+        """Reads everything but the weights.
+
+        Raises:
+          UserError: no such model, or the mesh does not fit the devices or the batch.
+        """
+        mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        rows = config.train.batch_size // config.train.accumulate
+        if rows % mesh_lib.batch_divisor(mesh):
+            raise UserError(
+                f"config.train.batch_size: {rows} rows (batch_size / accumulate) cannot be split over data x fsdp = {mesh_lib.batch_divisor(mesh)} devices"
+            )
+        path = Path(config.model.path)
+        if config.model.init == "scenes":
+            path = workdir / "initial_model"
+            if not path.exists():
+                scenes_model.write_initial(path, seed=config.train.seed)
+        elif not config.model.path:
+            raise UserError("config.model.path: give the directory of a Hugging Face model")
+        sizes = read_config(path)
+        processor = load_processor(path, sizes)
+        dtype = config.model.compute_dtype
+        if dtype == "auto":
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        model = Llava(sizes, processor.mean, processor.std, dtype, remat=config.model.remat == "full")
+        console.line(f"Model {path}; {mesh.size} {jax.devices()[0].device_kind} devices, mesh {dict(mesh.shape)}, compute {dtype}")
+        return cls(path, sizes, model, processor, mesh)
+
+    def params(self, dtype: str = "float32") -> dict:
+        """The SFT model's tree, in its shards."""
+        return load_params(self.path, self.sizes, param_shardings(self.sizes, self.mesh), dtype)
+
+
+@dataclasses.dataclass
+class _Run:
+    config: Config
+    workdir: Path
+    policy: Policy
+    console: Console
+
+    def __post_init__(self):
+        c = self.config
+        self.objective = losses.build(c.objective.name, **c.objective.hyperparameters)
+        self.skipped: list[SkippedRow] = []
+        options = {"batch_size": c.eval.batch_size, "max_new_tokens": c.eval.max_new_tokens}
+        self.generator = Generator(self.policy.model, self.policy.processor, self.policy.mesh, **options)
+
+    def __call__(self) -> int:
+        records = self._records()
+        tests = self._tests()
+        before = self._measure("before", tests) if self.config.eval.before else None
+        pairs = self._offline_pairs(records)
+        batches, plan = self._batches(records if pairs is None else pairs)
+        self._preflight(pairs or records, plan)
+        trained = self._train(batches)
+        if trained.stopped_by:
+            return 128 + int(signal.Signals[trained.stopped_by])
+        after = self._measure("after", tests, trained.params)
+        if self.config.export.enabled:
+            with self.console.phase("Exporting to Hugging Face"):
+                out = export(trained.params, self.policy.path, self.workdir / "export", dtype=self.config.export.dtype)
+            self.console.line(f"Exported to {out}")
+        self._report(before, after, pairs, trained.params)
+        return 0
+
+    def _records(self) -> Sequence[PreferenceRecord]:
+        """The checked records of the data set: opened, rendered or imported."""
+        c, target = self.config, Path(self.config.data.cache or self.workdir / "data")
+        with self.console.phase("Preparing data") as progress:
+            if c.data.format == "scenes":
+                source = scenes_source(c, c.data.split)
+                prepared = builder.prepare(c.data, source, target / c.data.split, progress=progress)
+            else:
+                prepared = builder.obtain(c.data, target, progress=progress)
+        self.skipped += _skipped(prepared)
+        left_out = ", ".join(f"{count} {reason}" for reason, count in prepared.skipped.items())
+        self.console.line(f"{prepared.count} records of {prepared.read} rows" + (f"; skipped: {left_out}" if left_out else ""))
+        return builder.open_records(prepared.dir)
+
+    def _offline_pairs(self, records: Sequence[PreferenceRecord]) -> Sequence[PreferenceRecord] | None:
+        """BDHS pairs for all records, made by the SFT model and kept in WORKDIR/pairs; None when the run makes none before training."""
+        c = self.config.pairs
+        if c.maker == "none" or c.when == "online":
+            return None
+        target, statistics = self.workdir / "pairs", self.workdir / "pairs.json"
+        if not (target.exists() and statistics.exists()):
+            with self.console.phase(f"Making rejected answers for {len(records)} records (BDHS)") as progress:
+                sampler, _ = self._sampler(records)
+                with jax.set_mesh(self.policy.mesh):
+                    params = self.policy.params(self.policy.model.dtype)
+                made, counts = sample_pairs(sampler, params, _each(records), c, lambda done: progress(done, len(records)))
+                if not made:
+                    raise UserError("config.pairs: BDHS made no pair: every rejected answer equals its reference; raise rho_th or the temperature")
+                identity = json.dumps([to_mapping(self.config)["pairs"], len(records)])
+                builder.prepare(self.config.data, Source("BDHS", identity, lambda: iter(made)), target)
+                run_files.write_json(statistics, dataclasses.asdict(counts))
+        counts = run_files.read_json(statistics)
+        by_iteration = ", ".join(f"{count} in iteration {number}" for number, count in counts["by_iteration"].items())
+        self.console.line(f"{counts['pairs']} pairs from {counts['records']} records; {counts['unchanged']} came out as their reference; {by_iteration}")
+        return builder.open_records(target)
+
+    def _sampler(self, records: Sequence[PreferenceRecord]) -> tuple[BdhsSampler, RowPlan]:
+        c, p = self.config, self.policy
+        plan = plan_rows(records, p.processor, c.data, answers=1)
+        # a swapped yes or no may take more tokens than the word it replaces
+        layout = dataclasses.replace(plan.layout, answer_slots=plan.layout.answer_slots + 8)
+        lanes = max(len(split_sentences(record.responses[0].text)) for record in _each(records))
+        return BdhsSampler(p.model, p.processor, p.mesh, c.pairs, layout, lanes), plan
+
+    def _batches(self, records: Sequence[PreferenceRecord]) -> tuple[Batches, RowPlan]:
+        c, p = self.config, self.policy
+        if c.pairs.maker == "bdhs" and c.pairs.when == "online" and self.objective.answers == 2:
+            sampler, plan = self._sampler(records)
+            layout = dataclasses.replace(plan.layout, answers=2, answer_slots=2 * plan.layout.answer_slots)
+            return OnlineBatches(records, p.processor, sampler, plan, layout, c.train), plan
+        plan = plan_rows(records, p.processor, c.data, answers=self.objective.answers)
+        index, count = process_slice(p.mesh)
+        options = {"batch_size": c.train.batch_size, "accumulate": c.train.accumulate, "seed": c.train.seed, "workers": c.data.workers}
+        return _Offline(make_loader(records, p.processor, plan, process_index=index, process_count=count, **options)), plan
+
+    def _preflight(self, records: Sequence[PreferenceRecord], plan: RowPlan) -> None:
+        """Says what the model will see, before any of it is computed."""
+        first, layout = records[int(plan.items[0][0])], plan.layout
+        self.console.line(f"First prompt, as the model reads it: {self.policy.processor.render(first.turns)!r}")
+        images = f"{layout.images} x {self.policy.sizes.image_tokens} image tokens"
+        self.console.line(
+            f"{plan.counts['kept']} of {plan.counts['rows']} rows; up to {layout.prefix_slots} tokens of prefix ({images}) and "
+            f"{layout.answers} x {layout.answer_slots} of answers; {plan.padding_fraction:.0%} padding"
+        )
+        for reason in ("dropped_long", "dropped_bad", "shortened_answer"):
+            if plan.counts[reason]:
+                self.console.line(f"{plan.counts[reason]} rows {reason.replace('_', ' ')}, listed in the report")
+        self.skipped += [SkippedRow("records", row.record_id, f"{row.policy}: {row.problem}") for row in plan.left_out]
+
+    def _train(self, batches: Batches) -> Trained:
+        p = self.policy
+        loss = LossFunction(p.model, self.objective)
+        return train(self.config, self.workdir, p.mesh, p.sizes, loss, p.params, batches, self.console)
+
+    def _tests(self) -> tuple[world.WorldTest, ...]:
+        c = self.config
+        if not c.eval.benchmarks:
+            return ()
+        if c.data.format != "scenes":
+            raise UserError("config.eval.benchmarks: during a run only the built-in world is measured (data.format = 'scenes'); leave it empty")
+        return world.make_tests(c.scenes, c.eval.benchmarks)
+
+    def _measure(self, when: str, tests: tuple[world.WorldTest, ...], params: dict | None = None) -> dict | None:
+        """Scores of the model before or after training, kept in WORKDIR/eval."""
+        if not tests:
+            return None
+
+        def make() -> dict:
+            with self.console.phase(f"Measuring hallucination {when} training"), jax.set_mesh(self.policy.mesh):
+                tree = self.policy.params() if params is None else params
+                return world.measure(tests, lambda records: self.generator(tree, records))
+
+        return run_files.once(self.workdir / "eval" / f"{when}.json", make)
+
+    def _report(self, before: dict | None, after: dict | None, pairs: Sequence[PreferenceRecord] | None, params: dict) -> None:
+        scores = world.rows(before, after) if after else []
+        with self.console.phase("Writing the report"):
+            gallery = self._gallery(pairs, params) if pairs is not None else ()
+            if jax.process_index() == 0:
+                run_files.write_json(self.workdir / "summary.json", _summary(self.config, scores))
+                title = f"{self.config.objective.name} on {self.policy.path.name}"
+                write_report(
+                    self.workdir, title=title, config=to_mapping(self.config), scores=scores, gallery=gallery, skipped=self.skipped, environment=environment()
+                )
+        for group in dict.fromkeys(row.group for row in scores):
+            self.console.line(f"\n{group}")
+            self.console.table([score_cells(row) for row in scores if row.group == group], ("", "before", "after", "change"))
+        self.console.line(f"Report: {self.workdir / 'report.html'}")
+
+    def _gallery(self, pairs: Sequence[PreferenceRecord], params: dict) -> tuple[GalleryItem, ...]:
+        """The first pairs with their pictures, and what the model says to the same prompt before and after."""
+        chosen, seen = [], set()
+        for pair in _each(pairs):
+            picture = pair.media[0].origin if pair.media else pair.id
+            if len(chosen) < self.config.report.gallery and picture not in seen and not pair.prefix:
+                chosen.append(pair)
+                seen.add(picture)
+        with jax.set_mesh(self.policy.mesh):
+            before = self.generator(self.policy.params(), chosen)
+            after = self.generator(params, chosen)
+        return tuple(self._item(*one) for one in zip(chosen, before, after, strict=True))
+
+    def _item(self, record: PreferenceRecord, before: Answered, after: Answered) -> GalleryItem:
+        truth = world.objects_of(record) if "objects" in record.meta else None
+        mark = lambda text: Answer(text, () if truth is None else world.hallucinated(text, truth))  # noqa: E731
+        limits = {"max_pixels": self.config.data.max_image_pixels, "max_bytes": self.config.data.max_image_bytes}
+        images = tuple(np.asarray(decode_image(medium.data, file="records", row=record.id, **limits)) for medium in record.media)
+        prompt = " ".join(part.text for turn in record.turns for part in turn.parts if part.text is not None)
+        texts = [record.responses[index].text for index in (record.prefs[0].win, record.prefs[0].lose)]
+        return GalleryItem(record.id, images, prompt, mark(texts[0]), mark(texts[1]), mark(before.text), mark(after.text))
+
+
+class _Offline:
+    """A loader as the loop wants it: the rows do not depend on the policy."""
+
+    def __init__(self, loader: Loader):
+        self._loader = loader
+        self.get_state, self.set_state = loader.get_state, loader.set_state
+
+    def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
+        return next(self._loader), {}
+
+
+def scenes_source(config: Config, split: str) -> Source:
+    """A split of the built-in world as a data set to prepare."""
+    pictures = {"sft": config.scenes.sft, "align": config.scenes.align}[split]
+    identity = json.dumps([splits.VERSION, config.scenes.seed, split, pictures])
+    return Source(f"scenes/{split}", identity, lambda: splits.records(config.scenes.seed, split, pictures))
+
+
+def _each(records: Sequence[PreferenceRecord]) -> Iterator[PreferenceRecord]:
+    return (records[index] for index in range(len(records)))
+
+
+def _skipped(prepared: builder.PreparedSet) -> list[SkippedRow]:
+    file = prepared.dir / "skipped.jsonl"
+    if not file.exists():
+        return []
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [SkippedRow(line["file"], line["row"], f"{line['reason']}: {line['problem']}") for line in lines]
+
+
+def _summary(config: Config, scores: Sequence[ScoreRow]) -> dict:
+    plain = lambda score: None if score is None else dataclasses.asdict(score)  # noqa: E731
+    rows = [{"group": row.group, "name": row.name, "before": plain(row.before), "after": plain(row.after)} for row in scores]
+    return {"objective": config.objective.name, "steps": config.train.steps, "scores": rows}

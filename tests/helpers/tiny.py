@@ -1,0 +1,95 @@
+"""A tiny LLaVA as the package loads it, rows for it, and what the tests of model, sampler and step compute with them."""
+
+import dataclasses
+import functools
+import io
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from mmalign_jax.data.layout import RowLayout, lay_out
+from mmalign_jax.hf.import_ import load_params, read_config
+from mmalign_jax.hf.processor import Processor, load_processor
+from mmalign_jax.models.config import LlavaConfig
+from mmalign_jax.models.llava import Llava, Prefill
+from mmalign_jax.models.params import param_shardings
+from mmalign_jax.training.step import branch_logps
+from mmalign_jax.types import Media, PairBatch, Part, Preference, PreferenceRecord, Response, Turn
+
+
+# Most of the time of these tests is XLA's; its optimisations are of no use to functions that run once on tiny arrays.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    directory: pathlib.Path
+    config: LlavaConfig
+    processor: Processor
+    model: Llava
+    params: dict
+
+    @classmethod
+    def load(cls, directory: pathlib.Path, **changes) -> "Tiny":
+        config = read_config(directory)
+        processor = load_processor(directory, config)
+        return cls(directory, config, processor, Llava(config, processor.mean, processor.std, **changes), load_params(directory, config))
+
+    def sharded(self, mesh: jax.sharding.Mesh) -> dict:
+        return load_params(self.directory, self.config, param_shardings(self.config, mesh))
+
+
+def noise_png(seed: int, side: int = 28) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+def record(name: str, prompt: str, *answers: str, images: Sequence[int] = ()) -> PreferenceRecord:
+    """A record whose pictures are noise from the seeds `images`."""
+    media = tuple(Media("image", noise_png(seed)) for seed in images)
+    parts = (*(Part(media=index) for index in range(len(media))), Part(text=prompt))
+    prefs = (Preference(0, 1),) if len(answers) > 1 else ()
+    return PreferenceRecord(name, media, (Turn("user", parts),), tuple(map(Response, answers)), prefs)
+
+
+# Two unlike pictures in a row each, both in one row, and a row of text; prompts and answers of unlike lengths.
+MIXED = (
+    record("red", "What is in the picture?", "There is a red cat.", "There is a blue dog on the table.", images=[1]),
+    record("two", "Describe this image in detail.", "A dog sits next to a blue chair.", "A cup.", images=[1, 2]),
+    record("text", "Is there a bird?", "No, there is not any bird!", "Yes, there are two birds."),
+    record("blue", "Describe?", "A yellow car and three people.", "No.", images=[2]),
+)
+
+
+def batch_of(
+    records: Sequence[PreferenceRecord], processor, *, prefix_slots: int = 64, answer_slots: int = 24, answers: int = 2, images: int = 2
+) -> PairBatch:
+    """The records as one batch `[B, ...]`."""
+    layout = RowLayout(prefix_slots, answer_slots, answers, images)
+    rows = [lay_out(record, record.prefs[0] if record.prefs else None, processor, layout) for record in records]
+    arrays = {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
+    return PairBatch(**arrays, prefix_slots=prefix_slots, answer_slots=answer_slots)
+
+
+def parts(batch: PairBatch, count: int = 1) -> PairBatch:
+    """`[B, ...]` -> `[A, B / A, ...]`, what a training step takes."""
+    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)
+
+
+def rows(batch: PairBatch, *wanted: int) -> PairBatch:
+    return jax.tree.map(lambda x: x[np.array(wanted)], batch)
+
+
+def prefill(model: Llava, params: dict, batch: PairBatch, image_keep=None) -> Prefill:
+    features = model.encode_images(params, batch.images)
+    return model.prefill(params, features, batch.tokens, batch.role, batch.positions, batch.image_index, image_keep)
+
+
+def answer_sums(model: Llava, params: dict, batch: PairBatch) -> jax.Array:
+    """Log-prob sums `[B, K]` of the answers."""
+    return branch_logps(model, params, model.tower(params, batch.images), batch)[0]
