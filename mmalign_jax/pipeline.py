@@ -164,7 +164,7 @@ class _Run:
                 made, counts = sample_pairs(sampler, params, _each(records), c, lambda done: progress(done, len(records)))
                 if not made:
                     raise UserError("config.pairs: BDHS made no pair: every rejected answer equals its reference; raise rho_th or the temperature")
-                identity = json.dumps([to_mapping(self.config)["pairs"], len(records)])
+                identity = json.dumps([to_mapping(self.config)["pairs"], records.prepared.fingerprint, str(self.policy.path)])
                 builder.prepare(self.config.data, Source("BDHS", identity, lambda: iter(made)), target)
                 run_files.write_json(statistics, dataclasses.asdict(counts))
         counts = run_files.read_json(statistics)

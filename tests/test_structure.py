@@ -29,10 +29,12 @@ MAY_IMPORT = {
     "sampling": {"models"},
     "report": {"config"},
     "hf": {"config", "models"},
-    "scenes": {"config"},
+    "scenes": {"config", "hf"},
     "data": {"config", "hf", "scenes"},
     "pairs": {"config", "models", "sampling"} | SIDE,
     "evaluation": {"config", "models", "sampling", "pairs"} | SIDE,
+    "run_files": {"config"},
+    "pipeline": {"config", "models", "sampling", "pairs", "losses", "evaluation", "training", "run_files"} | SIDE,
     "training": {"config", "models", "sampling", "pairs", "losses", "evaluation"} | SIDE,
 }
 

@@ -119,7 +119,10 @@ def _questions(test: Benchmark, ask: Ask) -> dict[str, Any]:
         found[split] |= {"questions": len(of_split), "unparsed": unparsed[split], "unfinished": unfinished}
     sums = {name: sum(scores[name] for scores in found.values()) for name in ("questions", "unparsed", "unfinished")}
     found[pope.MEAN] = _plain(bootstrap(counts, pope.mean_measures, seed=_SEED)) | sums
-    return {"pope": found, "answers": [_answer(record, answer) for record, answer in zip(test.question_records, asked, strict=True)]}
+    listed = [
+        _answer(record, answer) | {"truth": record.responses[0].text} for record, answer in zip(test.question_records, asked, strict=True)
+    ]
+    return {"pope": found, "answers": listed}
 
 
 def _chair_rows(before: Mapping[str, Any] | None, after: Mapping[str, Any], group: str) -> list[ScoreRow]:

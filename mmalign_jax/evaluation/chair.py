@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from mmalign_jax.errors import UserError
-from mmalign_jax.evaluation.interval import ratio
+from mmalign_jax.evaluation.interval import Values, ratio
 
 Synonyms = Mapping[str, Sequence[str]]
 
@@ -120,7 +120,7 @@ def count(captions: Sequence[str], truths: Sequence[Collection[str]], mentions: 
     return np.asarray(rows, np.int64).reshape(-1, 7)
 
 
-def measures(counts: np.ndarray) -> dict[str, np.ndarray]:
+def measures(counts: np.ndarray) -> dict[str, Values]:
     """Sums of `count`'s rows `[*b, 7]` -> the four measures, `[*b]` each."""
     part = lambda column: counts[..., column]  # noqa: E731
     return {
@@ -157,7 +157,7 @@ def _words(term: str) -> tuple[str, ...]:
 def _plurals(word: str) -> tuple[str, ...]:
     """Regular plurals, with a form too many where the spelling does not decide ("roofs", "rooves")."""
     if word in _IRREGULAR:
-        return (_IRREGULAR[word],)
+        return (_IRREGULAR[word], word + "s")
     if word.endswith(("s", "x", "z", "ch", "sh")):
         return (word + "es",)
     if re.search(r"[^aeiou]y$", word):

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmalign_jax import mesh as mesh_lib
@@ -63,5 +63,5 @@ def _greedy(model: Llava, options: DecodeOptions, params: dict, batch: PairBatch
     features = model.encode_images(params, batch.images)
     prefill = model.prefill(params, features, batch.tokens, batch.role, batch.positions, batch.image_index)
     start = LaneStart.behind_prefix(batch.role)
-    keys = lane_keys(jax.random.key(0), batch.record_key, np.zeros_like(batch.record_key, dtype=np.int32), 1)
+    keys = lane_keys(jax.random.key(0), batch.record_key, jnp.zeros_like(batch.record_key, jnp.int32), 1)
     return decode_lanes(model, params, prefill, batch.role, batch.positions, start, keys, options)

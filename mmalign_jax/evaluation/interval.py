@@ -9,7 +9,8 @@ from mmalign_jax.report.records import Score
 RESAMPLES = 1000
 _CHUNK = 100  # resamples at a time, so that memory does not grow with their number
 
-Measures = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+Values = np.ndarray | np.generic  # an array, or one number of it
+Measures = Callable[[np.ndarray], Mapping[str, Values]]
 
 
 def bootstrap(counts: np.ndarray, measures: Measures, *, seed: int, resamples: int = RESAMPLES) -> dict[str, Score]:
@@ -41,7 +42,7 @@ def bootstrap(counts: np.ndarray, measures: Measures, *, seed: int, resamples: i
     return {name: Score(float(value[name]), float(low), float(high)) for name, (low, high) in bounds.items()}
 
 
-def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def ratio(numerator: Values, denominator: Values) -> np.ndarray:
     """Elementwise quotient, 0 where there is nothing to divide by."""
     numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     return np.divide(numerator, denominator, out=np.zeros(np.broadcast_shapes(numerator.shape, denominator.shape)), where=denominator != 0)

@@ -10,12 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from mmalign_jax.errors import DataError, UserError
-from mmalign_jax.evaluation.interval import ratio
+from mmalign_jax.evaluation.interval import Values, ratio
 from mmalign_jax.types import record_key
 
 SPLITS = ("random", "popular", "adversarial")
@@ -134,7 +134,7 @@ def confusion(questions: Sequence[Question], answers: Sequence[str]) -> np.ndarr
     return out
 
 
-def measures(counts: np.ndarray) -> dict[str, np.ndarray]:
+def measures(counts: np.ndarray) -> dict[str, Values]:
     """Counts `[*b, 4]` -> the five measures, `[*b]` each."""
     true_yes, false_yes, true_no, false_no = np.moveaxis(counts, -1, 0)
     total = true_yes + false_yes + true_no + false_no
@@ -147,7 +147,7 @@ def measures(counts: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def mean_measures(counts: np.ndarray) -> dict[str, np.ndarray]:
+def mean_measures(counts: np.ndarray) -> dict[str, Values]:
     """Counts `[*b, splits, 4]` -> the mean of each measure over the splits, `[*b]`."""
     return {name: values.mean(axis=-1) for name, values in measures(counts).items()}
 
@@ -167,7 +167,7 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Po
     return out
 
 
-def _scores(values: Mapping[str, np.ndarray], counts: np.ndarray, unparsed: int) -> PopeScores:
+def _scores(values: Mapping[str, Values], counts: np.ndarray, unparsed: int) -> PopeScores:
     return PopeScores(**{name: float(value) for name, value in values.items()}, questions=int(counts.sum()), unparsed=unparsed)
 
 
@@ -190,8 +190,8 @@ def save(questions: Sequence[Question], file: Path) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def load(file: Path) -> tuple[Question, ...]:
-    """Reads the published layout. The file's name says the split, as in `coco_pope_random.json`.
+def load(file: Path, *, suffix: str = "") -> tuple[Question, ...]:
+    """Reads the published layout. The file's name says the split, as in `coco_pope_random.json`; `suffix` goes behind every question.
 
     Raises:
       UserError: no such file, or its name holds none or several of random, popular, adversarial.
@@ -208,13 +208,13 @@ def load(file: Path) -> tuple[Question, ...]:
             if line.strip():
                 row = _row(line, file, number)
                 found = re.fullmatch(r"Is there an? (.+) in the im\w+\?", row["text"])
-                out.append(Question(row["image"], row["text"], found[1] if found else "", row["label"] == "yes", named[0]))
+                out.append(Question(row["image"], row["text"] + suffix, found[1] if found else "", row["label"] == "yes", named[0]))
     if not out:
         raise DataError("there is no question in it", file=str(file), mend="Download the file again.")
     return tuple(out)
 
 
-def _row(line: bytes, file: Path, number: int) -> Mapping[str, str]:
+def _row(line: bytes, file: Path, number: int) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:  # of JSON, or of UTF-8

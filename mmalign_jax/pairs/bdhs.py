@@ -108,6 +108,7 @@ class BdhsSampler:
             raise UserError("config.pairs.maker: making pairs runs in one process; make them first with launch/make_pairs.py")
         self._processor, self._config, self._lanes = processor, config, lanes
         self._similarity = MEASURES[config.similarity]
+        self._stop = processor.answer(".").ids[:-1]
         shared = {"temperature": config.temperature, "top_p": config.top_p, "banned_ids": processor.banned_ids}
         sentence = DecodeOptions(config.max_sentence_tokens, stop_ids=(*processor.eos_ids, *processor.sentence_end_ids), **shared)
         whole = DecodeOptions(layout.answer_slots, stop_ids=processor.eos_ids, **shared)
@@ -149,9 +150,7 @@ class BdhsSampler:
         config, jobs, owners, plans = self._config, [], [], []
         for owner, (record, reference) in enumerate(zip(records, references, strict=True)):
             randoms = (_generator(config.seed, record, draw, iteration, number) for number in range(len(reference.spans)))
-            plan = [
-                draw_split(reference, number, config.yes_no_swap, random, self._processor) for number, random in enumerate(randoms)
-            ]
+            plan = [draw_split(reference, number, config.yes_no_swap, random, self._processor) for number, random in enumerate(randoms)]
             plans.append(plan)
             contexts = dict.fromkeys(split.context for split in plan if split.tokens is not None)
             for context in contexts:
@@ -162,8 +161,7 @@ class BdhsSampler:
         for owner, lanes in zip(owners, self._guided(params, jobs, config.seed, self._number(draw, iteration)), strict=True):
             written[owner] |= lanes
         for record, reference, plan, lanes in zip(records, references, plans, written, strict=True):
-            nothing = np.zeros(0, np.int32)
-            texts = [split.join(lanes[split.sentence].tokens if split.sentence in lanes else nothing, self._processor) for split in plan]
+            texts = [split.join(self._text_behind(lanes[split.sentence].tokens) if split.sentence in lanes else "") for split in plan]
             unfinished = sum(not lane.stopped for lane in lanes.values())
             yield self._judge(record, reference, "".join(texts), unfinished, draw, iteration, tuple(texts), plan)
 
@@ -209,6 +207,10 @@ class BdhsSampler:
             unfinished=unfinished,
             problem=problem,
         )
+
+    def _text_behind(self, tokens: np.ndarray) -> str:
+        """The text of tokens that follow others: a tokenizer drops the space of a first token, so a full stop stands in front."""
+        return self._processor.decode(np.concatenate([self._stop, tokens]))[1:]
 
     def _number(self, draw: int, iteration: int) -> int:
         """One number for each attempt at a record."""

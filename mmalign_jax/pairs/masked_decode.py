@@ -49,7 +49,15 @@ class MaskedDecoder:
     """
 
     def __init__(
-        self, model: Llava, processor: Processor, mesh: Mesh, layout: RowLayout, lanes: int, options: DecodeOptions, rho_th: float, batch_size: int
+        self,
+        model: Llava,
+        processor: Processor,
+        mesh: Mesh,
+        layout: RowLayout,
+        lanes: int,
+        options: DecodeOptions,
+        rho_th: float,
+        batch_size: int,
     ):
         self._processor, self._mesh, self._layout, self._lanes = processor, mesh, layout, lanes
         self._rows = -(-batch_size // mesh_lib.batch_divisor(mesh)) * mesh_lib.batch_divisor(mesh)
@@ -86,10 +94,11 @@ class MaskedDecoder:
         with jax.set_mesh(self._mesh):
             on_device = to_device((batch, LaneStart(slot, active), np.full(self._rows, number, np.int32)), self._mesh, batch_axis=0)
             samples = jax.device_get(self._complete(params, *on_device, jax.random.key(seed)))
-        return [
-            {lane: Written(samples.tokens[index, lane, : samples.lengths[index, lane]], bool(samples.stopped[index, lane])) for lane in job.lanes}
-            for index, job in enumerate(jobs)
-        ]
+
+        def written(row: int, lane: int) -> Written:
+            return Written(samples.tokens[row, lane, : samples.lengths[row, lane]], bool(samples.stopped[row, lane]))
+
+        return [{lane: written(index, lane) for lane in job.lanes} for index, job in enumerate(jobs)]
 
 
 def _complete(

@@ -27,7 +27,9 @@ class OnlineBatches:
       layout: of the pairs (K = 2).
     """
 
-    def __init__(self, records: Records, processor: RowProcessor, sampler: BdhsSampler, plan: RowPlan, layout: RowLayout, config: TrainConfig):
+    def __init__(
+        self, records: Records, processor: RowProcessor, sampler: BdhsSampler, plan: RowPlan, layout: RowLayout, config: TrainConfig
+    ):
         if layout.answers != 2 or plan.layout.answers != 1:
             raise ValueError("the plan is of rows with one answer, the layout of rows with two")
         self._records, self._processor, self._sampler, self._layout, self._config = records, processor, sampler, layout, config
@@ -44,11 +46,11 @@ class OnlineBatches:
         size = self._config.batch_size
         records = [self._records[int(self._rows[self._step * size + i][0])] for i in range(size)]
         outcomes = self._sampler(params, records, draw=self._step)
-        pairs = [_pair(outcome, outcome.rejected) for outcome in outcomes]
-        fits = [not outcome.problem and self._fits(pair) for outcome, pair in zip(outcomes, pairs, strict=True)]
-        changed = [outcome.changed and fit for outcome, fit in zip(outcomes, fits, strict=True)]
-        pairs = [pair if kept else _pair(outcome, outcome.reference.text) for outcome, pair, kept in zip(outcomes, pairs, changed, strict=True)]
-        rows = [lay_out(pair, _PAIR, self._processor, self._layout) for pair in pairs]
+        unusable = [bool(outcome.problem) for outcome in outcomes]
+        too_long = [not outcome.problem and not self._fits(outcome) for outcome in outcomes]
+        changed = [outcome.changed and not long for outcome, long in zip(outcomes, too_long, strict=True)]
+        texts = [one.rejected if kept else one.reference.text for one, kept in zip(outcomes, changed, strict=True)]
+        rows = [lay_out(_pair(one, text), _PAIR, self._processor, self._layout) for one, text in zip(outcomes, texts, strict=True)]
         self._step += 1
         lead = (self._config.accumulate, size // self._config.accumulate)
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
@@ -57,11 +59,10 @@ class OnlineBatches:
             prefix_slots=self._layout.prefix_slots,
             answer_slots=self._layout.answer_slots,
         )
-        unusable = np.array([bool(outcome.problem) for outcome in outcomes])
         made = {
             "bdhs/changed": float(np.mean(changed)),
             "bdhs/unusable": float(np.mean(unusable)),
-            "bdhs/too_long": float(np.mean(~unusable & ~np.array(fits))),
+            "bdhs/too_long": float(np.mean(too_long)),
             "bdhs/iterations": float(np.mean([outcome.iteration for outcome in outcomes])),
             "bdhs/similarity": float(np.mean([outcome.similarity for outcome in outcomes])),
         }
@@ -82,8 +83,8 @@ class OnlineBatches:
             raise UserError(f"the checkpoint is of a run with other data or with offline pairs ({state}); use a new --workdir")
         self._step = state["online_step"]
 
-    def _fits(self, pair: PreferenceRecord) -> bool:
-        return not misfit(tokenize(pair, _PAIR, self._processor, 2).size, self._layout)
+    def _fits(self, outcome: Outcome) -> bool:
+        return not misfit(tokenize(_pair(outcome, outcome.rejected), _PAIR, self._processor, 2).size, self._layout)
 
 
 def _pair(outcome: Outcome, rejected: str) -> PreferenceRecord:

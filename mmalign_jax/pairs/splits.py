@@ -41,16 +41,9 @@ class Split:
     tokens: Int32[np.ndarray, " n"] | None
     kept: str
 
-    def join(self, new: Int32[np.ndarray, " m"], processor: Processor) -> str:
-        """The corrupted sentence: what is kept, and the text of the new tokens. "" when there is nothing but white space."""
-        if self.tokens is None:
-            return self.kept
-        # decoded together, because a tokenizer drops the space of a first token
-        head, whole = processor.decode(self.tokens), processor.decode(np.concatenate([self.tokens, new]))
-        if not whole.startswith(head):
-            raise AssertionError(f"{whole!r} does not go on from {head!r}: the tokenizer decodes tokens by what follows them")
-        written = whole[len(head) :]
-        if self.kept.strip():
+    def join(self, written: str) -> str:
+        """The corrupted sentence: what is kept, and what the policy wrote behind it. "" when there is nothing but white space."""
+        if self.tokens is None or self.kept.strip():
             return self.kept + written
         return self.kept + written.lstrip() if written.strip() else ""
 
@@ -94,7 +87,7 @@ def _starts_word(source: Reference, index: int) -> bool:
     """Whether the token begins with a character behind white space, or with the answer; never in the middle of a character's bytes."""
     start, stop = map(int, source.answer.spans[index])
     first = start + len(source.text[start:stop]) - len(source.text[start:stop].lstrip())
-    fresh = index == 0 or start >= source.answer.spans[index - 1, 1]
+    fresh = index == 0 or start >= int(source.answer.spans[index - 1, 1])
     return first < stop and fresh and not source.text[:first][-1:].strip()
 
 

@@ -52,7 +52,10 @@ class LaneStart:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """What the lanes wrote: tokens up to and including the stop token, 0 behind; log-probs are of the untempered distribution."""
+    """What the lanes wrote: tokens up to and including the stop token, 0 behind.
+
+    Log-probs are the model's own, as a teacher-forced pass gives them: temperature, top-p and banned tokens do not enter.
+    """
 
     tokens: Int[Array, "B S X"]
     lengths: Int[Array, "B S"]
@@ -104,8 +107,8 @@ def decode_lanes(
 
     def body(carry):
         step, hidden, tail, tokens, logps, lengths, done, stopped = carry
-        logits = jnp.where(banned, -jnp.inf, model.logits(params, hidden))
-        chosen = _draw(logits, keys, step, options)
+        logits = model.logits(params, hidden)
+        chosen = _draw(jnp.where(banned, -jnp.inf, logits), keys, step, options)
         here = (jnp.arange(options.max_new_tokens) == step) & ~done[..., None]
         tokens = jnp.where(here, chosen[..., None], tokens)
         logps = jnp.where(here, _logp(logits, chosen)[..., None], logps)

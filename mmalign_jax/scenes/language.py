@@ -69,23 +69,27 @@ def words() -> tuple[str, ...]:
     return tuple(dict.fromkeys(itertools.chain(*(re.findall(r"[^\s.?]+|[.?]", text) for text in texts), ("\n",))))
 
 
+def vocabulary() -> tuple[str, ...]:
+    """Every token, in the order of the ids."""
+    marks = [word for word in words() if not word[0].isalnum()]
+    after_newline = [word for word in words() if word[0].isalnum() and word[0].isupper()]
+    spaced = [_SPACE + word for word in words() if word[0].isalnum()]
+    return (*SPECIAL_TOKENS, _SPACE, *marks, *spaced, *after_newline)
+
+
 def build_tokenizer(directory: str | os.PathLike) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json` of the language into an existing directory.
 
     One token a word. As in LLaMA's tokenizer a word carries the space before it, so a text that starts with a word and the same
     text after a space have the same tokens, and decoding gives the text back.
     """
-    marks = [word for word in words() if not word[0].isalnum()]
-    after_newline = [word for word in words() if word[0].isalnum() and word[0].isupper()]
-    spaced = [_SPACE + word for word in words() if word[0].isalnum()]
-    vocabulary = [*SPECIAL_TOKENS, _SPACE, *marks, *spaced, *after_newline]
-    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNK))
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first"),
         pre_tokenizers.Split(tokenizers.Regex(r"[.?\n]"), behavior="isolated"),
     ])  # fmt: skip
     tokenizer.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="first")
-    bos = (BOS, vocabulary.index(BOS))
+    bos = (BOS, SPECIAL_TOKENS.index(BOS))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos])
     tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     settings = {

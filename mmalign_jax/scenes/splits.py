@@ -17,6 +17,7 @@ from mmalign_jax.scenes import language, render, world
 from mmalign_jax.scenes.world import HABITS, KINDS, Habit, Scene, SceneObject
 from mmalign_jax.types import Media, Part, PreferenceRecord, Response, Turn
 
+VERSION = 1  # raised whenever a record of some seed changes
 SPLITS = ("sft", "align", "test", "counterfactual")
 FALSE_CLAIM = 0.5  # probability that the SFT annotator claims the absent partner of a head
 ALIGN_BROKEN = 0.5  # share of habit-breaking pictures in the alignment split

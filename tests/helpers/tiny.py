@@ -17,6 +17,7 @@ from mmalign_jax.hf.processor import Processor, load_processor
 from mmalign_jax.models.config import LlavaConfig
 from mmalign_jax.models.llava import Llava, Prefill
 from mmalign_jax.models.params import param_shardings
+from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
 from mmalign_jax.training.step import branch_logps
 from mmalign_jax.types import Media, PairBatch, Part, Preference, PreferenceRecord, Response, Turn
 
@@ -93,3 +94,11 @@ def prefill(model: Llava, params: dict, batch: PairBatch, image_keep=None) -> Pr
 def answer_sums(model: Llava, params: dict, batch: PairBatch) -> jax.Array:
     """Log-prob sums `[B, K]` of the answers."""
     return branch_logps(model, params, model.tower(params, batch.images), batch)[0]
+
+
+def sample(model: Llava, params: dict, batch: PairBatch, options: DecodeOptions, lanes: int = 1, seed: int = 0) -> Samples:
+    """`lanes` continuations behind every row's prefix."""
+    filled = prefill(model, params, batch)
+    keys = lane_keys(jax.random.key(seed), batch.record_key, jnp.zeros_like(batch.record_key, jnp.int32), lanes)
+    start = LaneStart.behind_prefix(batch.role, lanes)
+    return decode_lanes(model, params, filled, batch.role, batch.positions, start, keys, options)

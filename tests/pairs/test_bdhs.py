@@ -1,0 +1,290 @@
+"""BDHS against the paper's pseudo code on transformers, and what its pairs look like."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from helpers import checkpoints
+from helpers.paper_bdhs import Paper
+from helpers.tiny import Tiny, record
+
+from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.config import DataConfig, PairsConfig
+from mmalign_jax.data.bad_rows import place_of
+from mmalign_jax.data.layout import tokenize
+from mmalign_jax.data.plan import measure
+from mmalign_jax.data.records import to_example
+from mmalign_jax.data.validate import check_record
+from mmalign_jax.errors import DataError, UserError
+from mmalign_jax.pairs.bdhs import BdhsSampler, sample_pairs, to_records
+from mmalign_jax.pairs.sentences import split_sentences
+from mmalign_jax.pairs.similarity import ngram_cosine
+from mmalign_jax.types import Preference, Response
+
+GREEDY = PairsConfig(maker="bdhs", rho_th=0.7, n_iter=3, eps=0.2, temperature=0.0, max_sentence_tokens=6, batch_size=4, seed=5)
+
+# name -> the record and its sentences, written out by hand
+RECORDS = {
+    "cat": (["There is a red cat."], [1]),
+    "long": (["A dog sits next to a blue chair, and a cup.", " The book is 3.5 wide.", " Two birds!", " A tree"], [1, 2]),
+    "yes": (["Yes."], [3]),
+    "no": (["No, there is not any bird!", " Yes, there are two.", " None of them.", " North"], [2]),
+    "text": (["A cup stands on the left."], []),
+    "space": (["  A green tree.", "\n\nThree people.  A", "  No. \n"], [4]),
+}
+RECORDS["space"] = (["  A green tree.", "\n\nThree people.", "  No. \n"], [4])
+
+
+def build():
+    return [record(name, "What is in the picture?", "".join(sentences), images=images) for name, (sentences, images) in RECORDS.items()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    loaded = Tiny.load(checkpoints.tiny_llava(tmp_path_factory.mktemp("bdhs"), seed=3))
+    # random weights hardly ever write a full stop: let every sixth token end a sentence
+    ids = range(5, loaded.config.decoder.vocab_size, 6)
+    ends = tuple(token for token in ids if token not in loaded.processor.banned_ids)
+    return dataclasses.replace(loaded, processor=dataclasses.replace(loaded.processor, sentence_end_ids=ends))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return mesh_lib.make_mesh(devices=jax.devices()[:1])
+
+
+def sampler_of(tiny, config, mesh, records=None, lanes=4, **layout):
+    shape = dataclasses.replace(measure(records or build(), tiny.processor, answers=1), **layout)
+    return BdhsSampler(tiny.model, tiny.processor, mesh, config, shape, lanes)
+
+
+def summary(outcomes):
+    return [(one.rejected, one.iteration, one.sentences, one.splits, one.swapped, one.unfinished) for one in outcomes]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny, one_device):
+    return sampler_of(tiny, GREEDY, one_device)(tiny.sharded(one_device), build())
+
+
+def agree(tiny, config, outcomes, records, draw=0):
+    paper = Paper(tiny, config, ngram_cosine)
+    slots = measure(build(), tiny.processor, answers=1).answer_slots
+    for one, outcome in zip(records, outcomes, strict=True):
+        assert (outcome.rejected, outcome.iteration) == paper(one, RECORDS[one.id][0], slots, draw), one.id
+
+
+def test_the_paper_with_retries(tiny, outcomes):
+    agree(tiny, GREEDY, outcomes, build())
+    # the comparison must have met every path
+    assert {outcome.iteration for outcome in outcomes} == {1, 2, 3}
+    assert {outcome.sentences is None for outcome in outcomes} == {True, False}
+    assert any(outcome.swapped for outcome in outcomes) and any(outcome.unfinished for outcome in outcomes)
+    assert not all(outcome.unfinished == len(outcome.splits or (0,)) for outcome in outcomes)
+
+
+@pytest.mark.parametrize("changes", [{"n_iter": 1}, {"n_iter": 1, "rho_th": 0.0}, {"rho_th": 1.0, "yes_no_swap": 1.0}])
+def test_the_paper_in_its_special_cases(tiny, one_device, changes):
+    config = dataclasses.replace(GREEDY, **changes)
+    found = sampler_of(tiny, config, one_device)(tiny.sharded(one_device), build(), draw=2)
+    agree(tiny, config, found, build(), draw=2)
+    if config.n_iter == 1:
+        assert all(outcome.sentences is not None and outcome.iteration == 1 for outcome in found)
+        assert {outcome.accepted for outcome in found} == {True, False}
+
+
+def test_pixels_matter_as_far_as_the_mask_lets_them(tiny, one_device):
+    others = [dataclasses.replace(one, media=tuple(reversed(build()[3].media * len(one.media)))) for one in build()]
+    differ = {}
+    for rho in (0.0, 1.0):
+        sampler = sampler_of(tiny, dataclasses.replace(GREEDY, rho_th=rho, n_iter=1), one_device)
+        params = tiny.sharded(one_device)
+        differ[rho] = summary(sampler(params, build())) != summary(sampler(params, others))
+    assert differ == {0.0: True, 1.0: False}
+
+
+def test_batch_order_and_mesh_do_not_matter(tiny, one_device):
+    config = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, eps=0.5)
+    params = tiny.sharded(one_device)
+    expected = summary(sampler_of(tiny, config, one_device)(params, build()))
+    wider = sampler_of(tiny, dataclasses.replace(config, batch_size=1), one_device, lanes=6, images=3)
+    found = wider(params, build()[::-1])
+    assert summary(found)[::-1] == expected
+    assert summary(wider(params, build()[2:4])) == expected[2:4]
+    mesh = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2)
+    assert summary(sampler_of(tiny, config, mesh)(tiny.sharded(mesh), build())) == expected
+
+
+def test_draws(tiny, one_device):
+    config = dataclasses.replace(GREEDY, temperature=1.0, n_iter=1)
+    sampler, params = sampler_of(tiny, config, one_device), tiny.sharded(one_device)
+    again = [summary(sampler(params, build(), draw=draw)) for draw in (0, 0, 1)]
+    assert again[0] == again[1] and all(a != b for a, b in zip(again[0], again[2], strict=True))
+    seeded = sampler_of(tiny, dataclasses.replace(config, seed=6), one_device)
+    assert summary(seeded(params, build())) != again[0]
+    # records that differ in nothing but their id have draws of their own, and so have a record's sentences
+    twins = [record(name, "What?", "A cup. A cup. A cup. A cup.", images=[1]) for name in "ab"]
+    a, b = sampler_of(tiny, config, one_device, twins)(params, twins)
+    assert a.sentences != b.sentences and len(set(a.sentences)) > 2
+
+
+def test_no_special_token_is_written(tiny, one_device, monkeypatch):
+    # a model that likes nothing more than image tokens, padding and beginnings
+    head = np.array(tiny.params["decoder"]["head"]["kernel"])
+    head[:, [0, 1, 3, 4]] *= 50
+    params = tiny.params | {"decoder": tiny.params["decoder"] | {"head": {"kernel": jax.numpy.asarray(head)}}}
+    with jax.set_mesh(one_device):
+        params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, tiny.sharded(one_device))
+    seen = []
+    decode = type(tiny.processor).decode
+    monkeypatch.setattr(type(tiny.processor), "decode", lambda self, ids: seen.extend(map(int, ids)) or decode(self, ids))
+    sampler_of(tiny, dataclasses.replace(GREEDY, eps=1e-9), one_device)(params, build())
+    assert len(set(seen)) > 10 and not set(seen) & set(tiny.processor.banned_ids)
+    assert set(tiny.processor.banned_ids) >= {0, 1, 3, 4}
+
+
+def test_texts_of_guided_answers(outcomes):
+    for outcome in outcomes:
+        reference = outcome.reference.text
+        lead, tail = reference[: len(reference) - len(reference.lstrip())], reference[len(reference.rstrip()) :]
+        assert outcome.rejected.startswith(lead) and outcome.rejected.endswith(tail)
+        body = outcome.rejected[len(lead) : len(outcome.rejected) - len(tail)]
+        assert body and body == body.strip()
+        if outcome.sentences is None:
+            continue
+        assert outcome.rejected == lead + "".join(outcome.sentences).strip() + tail
+        for number, ((start, end), written) in enumerate(zip(split_sentences(reference), outcome.sentences, strict=True)):
+            clean, split = reference[start:end], outcome.splits[number]
+            if number not in outcome.swapped and written:
+                assert written[:split] == clean[:split]
+            if written:  # the space between two sentences is the reference's
+                assert written[: len(clean) - len(clean.lstrip())] == clean[: len(clean) - len(clean.lstrip())]
+                assert not written.lstrip().startswith(" ") and written == written.rstrip()
+
+
+def test_whole_pairs(tiny, one_device):
+    params = tiny.sharded(one_device)
+    done = []
+    made, statistics = sample_pairs(sampler_of(tiny, GREEDY, one_device), params, iter(build()), GREEDY, done.append)
+    assert statistics.records == len(build()) == statistics.pairs + statistics.unchanged + statistics.unusable
+    assert statistics.pairs == len(made) and sum(statistics.by_iteration.values()) == statistics.records and done == [6]
+    outcomes = sampler_of(tiny, GREEDY, one_device)(params, build())
+    assert [one.id for one in made] == [one.record.id for one in outcomes if one.changed]
+    for pair in made:
+        source = next(one for one in build() if one.id == pair.id)
+        assert pair.responses[0] == source.responses[0] and pair.prefs == (Preference(0, 1),)
+        assert (pair.media, pair.turns, pair.prefix, pair.complete) == (source.media, source.turns, "", True)
+        valid(pair, tiny)
+    assert statistics.unfinished == sum(one.unfinished for one in outcomes) > 0
+
+
+def valid(pair, tiny):
+    limits = DataConfig()
+    check_record(pair, place_of(pair), max_pixels=limits.max_image_pixels, max_bytes=limits.max_image_bytes)
+    assert to_example(pair)["record"]
+    tokenize(pair, pair.prefs[0], tiny.processor, 2)
+
+
+def test_the_draws_are_kept_and_make_the_outcome_again(tiny, one_device, outcomes):
+    params = tiny.sharded(one_device)
+    for outcome in sampler_of(tiny, GREEDY, one_device)(params, build(), draw=3):
+        for pair in to_records(outcome, dataclasses.replace(GREEDY, per_sentence=True)):
+            kept = pair.meta["bdhs"]
+            settings = kept["settings"]
+            # from the metadata alone, with no earlier iteration: n_iter = 1 numbers its attempts 1 + draw
+            config = PairsConfig(**settings, batch_size=1)
+            source = next(one for one in build() if one.id == kept["record"])
+            (again,) = sampler_of(tiny, config, one_device)(params, [source], draw=kept["draw"])
+            assert (again.iteration, again.similarity, again.accepted) == (kept["iteration"], kept["similarity"], kept["accepted"])
+            assert list(again.splits or ()) == (kept["splits"] or []) and list(again.swapped) == kept["swapped"]
+            assert kept["guided"] == (again.sentences is not None) and kept["unfinished"] == again.unfinished
+            break
+
+
+def test_pairs_per_sentence(tiny, outcomes):
+    config = dataclasses.replace(GREEDY, per_sentence=True)
+    (long,) = [one for one in outcomes if one.record.id == "long"]
+    assert long.sentences is not None
+    pairs, reference = to_records(long, config), long.reference.text
+    sentences = RECORDS["long"][0]
+    expected = [number for number in range(4) if long.sentences[number].strip() and long.sentences[number] != sentences[number]]
+    assert [pair.id for pair in pairs] == [f"long/s{number}" for number in expected] and len(pairs) >= 2
+    for number, pair in zip(expected, pairs, strict=True):
+        before = "".join(sentences[:number])
+        assert pair.prefix == before and pair.complete == (number == 3)
+        assert pair.responses[0].text == before + sentences[number] and reference.startswith(pair.responses[0].text)
+        assert pair.responses[1].text == before + long.sentences[number] and "  " not in before + long.sentences[number][:2]
+        valid(pair, tiny)
+        # the prefix is shared and not scored; nothing ends the turn behind a sentence in the middle
+        row = tokenize(pair, pair.prefs[0], tiny.processor, 2)
+        prompt = tiny.processor.prompt_ids(pair.turns)
+        shared = tiny.processor.answer(before).ids[:-1] if before else []
+        np.testing.assert_array_equal(row.prefix, [*prompt, *shared])
+        for ids, scored in row.answers:
+            assert scored.all() and (ids[-1] == tiny.processor.eos_ids[0]) == pair.complete
+            assert tiny.processor.eos_ids[0] not in ids[:-1]
+    unguided = next(one for one in outcomes if one.sentences is None)
+    (whole,) = to_records(unguided, config)
+    assert whole.id == unguided.record.id and whole.prefix == "" and whole.complete
+
+
+def test_white_space_and_empty_sentences_in_pairs(outcomes):
+    (space,) = [one for one in outcomes if one.record.id == "space"]
+    made = dataclasses.replace(space, sentences=("  A cat.", "", "  No."), rejected="  A cat.  No. \n", problem="")
+    (pair,) = to_records(made, dataclasses.replace(GREEDY, per_sentence=True))
+    assert pair.id == "space/s0" and pair.responses[1].text == "  A cat." and not pair.complete
+    last = dataclasses.replace(made, sentences=("  A green tree.", "\n\nThree people.", "  Yes."))
+    (pair,) = to_records(last, dataclasses.replace(GREEDY, per_sentence=True))
+    assert pair.prefix == "  A green tree.\n\nThree people." and pair.complete
+    assert pair.responses[0].text == "".join(RECORDS["space"][0]) and pair.responses[1].text == pair.prefix + "  Yes. \n"
+
+
+def test_nothing_new_or_nothing_readable_gives_no_pair(tiny, one_device, outcomes, monkeypatch):
+    one = dataclasses.replace(outcomes[0], rejected=" ".join(outcomes[0].reference.text.split()))
+    assert to_records(one, GREEDY) == []
+    # the letters of a special token are no answer: tried again, and counted at the end
+    decode = type(tiny.processor).decode
+    monkeypatch.setattr(type(tiny.processor), "decode", lambda self, ids: decode(self, ids) + " <image>")
+    made, statistics = sample_pairs(sampler_of(tiny, GREEDY, one_device), tiny.sharded(one_device), build()[:2], GREEDY)
+    assert not made and statistics.unusable == 2 and statistics.unchanged == 0 and statistics.by_iteration == {3: 2}
+
+
+def test_the_winner_of_a_pair_is_the_reference(tiny, one_device):
+    source = build()[0]
+    pair = dataclasses.replace(source, responses=(Response("A cup."), source.responses[0]), prefs=(Preference(1, 0),))
+    sampler, params = sampler_of(tiny, GREEDY, one_device), tiny.sharded(one_device)
+    (a,), (b,) = sampler(params, [pair]), sampler(params, [source])
+    assert a.reference == source.responses[0] and a.rejected == b.rejected
+    (made,) = to_records(a, GREEDY)
+    assert [response.text for response in made.responses] == [source.responses[0].text, a.rejected]
+
+
+def test_mistakes(tiny, one_device):
+    params = tiny.sharded(one_device)
+    sampler = sampler_of(tiny, GREEDY, one_device, lanes=2)
+    with pytest.raises(UserError, match="record long: the reference has 4 sentences, there are 2 lanes"):
+        sampler(params, build())
+    cat = build()[0]
+    for broken in (dataclasses.replace(cat, responses=()), dataclasses.replace(cat, prefix="There"), dataclasses.replace(cat, complete=False)):
+        with pytest.raises(UserError, match="record cat: BDHS needs a whole reference"):
+            sampler(params, [broken])
+    with pytest.raises(DataError, match="there are 16 slots"):
+        # a layout that would cut the reference may not: its later sentences would be completed behind nothing
+        sampler_of(tiny, GREEDY, one_device, answer_slots=8, shorten_answers=True)(params, build())
+    assert sampler(params, []) == []
+
+
+def test_a_swap_that_takes_more_tokens_fits(tiny, one_device):
+    config = dataclasses.replace(GREEDY, yes_no_swap=1.0, n_iter=1)
+    short = [record("r", "Is it?", "no", images=[1])]
+    ids = tiny.processor.answer_ids("no")[0]
+    (one,) = sampler_of(tiny, config, one_device, short, answer_slots=len(ids))(tiny.sharded(one_device), short)
+    assert one.swapped == (0,) and one.rejected == "yes"
+
+
+def test_every_combination_of_iterations_numbers_its_draws_apart(tiny, one_device):
+    sampler = sampler_of(tiny, GREEDY, one_device)
+    numbers = [sampler._number(draw, iteration) for draw, iteration in itertools.product(range(4), range(1, 4))]
+    assert len(set(numbers)) == len(numbers)
