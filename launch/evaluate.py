@@ -36,6 +36,7 @@ _SCENES_TOKENS, _FILES_TOKENS = 64, 512
 
 
 def main() -> int:
+    """Measures one model or two, writes the JSON file and prints the table."""
     options = flags.FLAGS
     if not (options.model and options.benchmark and options.data and options.out):
         raise UserError("--model, --benchmark, --data and --out: give all four; --help describes them")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mmalign_jax import config as settings
@@ -103,8 +103,14 @@ def read_workdir(flag_values: flags.FlagValues = flags.FLAGS) -> Path:
 
 def _run(body: Callable[[], int | None], parser: Callable[[Sequence[str]], None]) -> NoReturn:
     """Parses the flags and runs the body under absl's start-up (help, logging, fault handler)."""
+
+    def quietly(_: Sequence[str]) -> int | None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # libraries tell every step of theirs at INFO
+        return body()
+
     try:
-        app.run(lambda _: body(), flags_parser=parser)
+        app.run(quietly, flags_parser=parser)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from mmalign_jax import losses, run_files
 from mmalign_jax import mesh as mesh_lib
-from mmalign_jax.config import Config, to_mapping
+from mmalign_jax.config import Config, from_mapping, to_mapping
 from mmalign_jax.data import builder
 from mmalign_jax.data.device import process_slice
 from mmalign_jax.data.images import decode_image
@@ -37,8 +37,9 @@ from mmalign_jax.report.html import write_report
 from mmalign_jax.report.records import Answer, GalleryItem, ScoreRow, SkippedRow, score_cells
 from mmalign_jax.scenes import model as scenes_model
 from mmalign_jax.scenes import splits
+from mmalign_jax.training.checkpoint import restore_params
 from mmalign_jax.training.loop import Batches, Trained, train
-from mmalign_jax.training.step import LossFunction
+from mmalign_jax.training.step import LossFunction, split_params
 from mmalign_jax.types import PairBatch, PreferenceRecord
 
 
@@ -277,6 +278,21 @@ class _Offline:
 
     def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
         return next(self._loader), {}
+
+
+def export_step(workdir: Path, step: int | None, out: Path) -> Path:
+    """Writes the checkpoint of a step (None: the newest) of the run in `workdir` as a Hugging Face directory.
+
+    Raises:
+      UserError: the directory holds no run or no such checkpoint.
+    """
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"--workdir: {workdir} holds no run (no config.json)")
+    config = from_mapping(run_files.read_json(workdir / "config.json"))
+    policy = Policy.load(config, workdir, Console(enabled=False))
+    params, frozen = split_params(policy.params(), config.model.freeze)
+    trained = restore_params(workdir / "checkpoints", step, params)
+    return export({**trained, **frozen}, policy.path, out, dtype=config.export.dtype)
 
 
 def scenes_source(config: Config, split: str) -> Source:

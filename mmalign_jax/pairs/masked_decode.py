@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Int, Int32
+from jaxtyping import Array, Float, Int, Int32
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.data.device import to_device
@@ -59,9 +59,9 @@ class MaskedDecoder:
         rho_th: float,
         batch_size: int,
     ):
-        self._processor, self._mesh, self._layout, self._lanes = processor, mesh, layout, lanes
+        self._model, self._processor, self._mesh, self._layout, self._lanes = model, processor, mesh, layout, lanes
+        self._options, self._rho_th = options, rho_th
         self._rows = -(-batch_size // mesh_lib.batch_divisor(mesh)) * mesh_lib.batch_divisor(mesh)
-        self._complete = jax.jit(functools.partial(_complete, model, options, rho_th))
 
     def __call__(self, params: dict, jobs: Sequence[Job], seed: int, number: int) -> list[dict[int, Written]]:
         """What every job's lanes wrote, by lane number.
@@ -93,7 +93,8 @@ class MaskedDecoder:
         )
         with jax.set_mesh(self._mesh):
             on_device = to_device((batch, LaneStart(slot, active), np.full(self._rows, number, np.int32)), self._mesh, batch_axis=0)
-            samples = jax.device_get(self._complete(params, *on_device, jax.random.key(seed)))
+            key = jax.random.key(seed)
+            samples = jax.device_get(_complete(self._model, self._options, params, *on_device, key, np.float32(self._rho_th)))
 
         def written(row: int, lane: int) -> Written:
             return Written(samples.tokens[row, lane, : samples.lengths[row, lane]], bool(samples.stopped[row, lane]))
@@ -101,15 +102,16 @@ class MaskedDecoder:
         return [{lane: written(index, lane) for lane in job.lanes} for index, job in enumerate(jobs)]
 
 
+@functools.partial(jax.jit, static_argnames=("model", "options"))
 def _complete(
     model: Llava,
     options: DecodeOptions,
-    rho_th: float,
     params: dict,
     batch: PairBatch,
     start: LaneStart,
     number: Int[Array, " B"],
     key: Array,
+    rho_th: Float[Array, ""],
 ) -> Samples:
     """Masked prefill and decode of one device batch: one mask a row, shared by its lanes and steps (arXiv 2407.02477, eq. 6)."""
     mask_key, sample_key = jax.random.split(key)

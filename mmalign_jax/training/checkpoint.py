@@ -58,5 +58,25 @@ class Checkpoints:
         self._manager.close()
 
 
+def restore_params(directory: Path, step: int | None, like: dict) -> dict:
+    """Only the trainable parameters of a checkpoint, in the shardings of `like`.
+
+    Args:
+      step: which checkpoint; None: the newest.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    with ocp.CheckpointManager(directory.absolute(), item_names=("state", "position")) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps or (step is not None and step not in steps):
+            raise UserError(f"{directory}: no checkpoint of step {step}; there are {steps or 'none'}")
+        step = steps[-1] if step is None else step
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": like})
+        part = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)
+        args = ocp.args.Composite(state=part)
+        return manager.restore(step, args=args)["state"]["params"]
+
+
 def _saved(state: TrainState) -> dict[str, Any]:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state, "key": jax.random.key_data(state.key)}

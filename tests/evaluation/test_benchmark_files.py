@@ -35,7 +35,9 @@ def write_chair(root, *rows, synonyms=None):
 
 
 def test_pope_from_a_directory(root):
-    write_pope(root, "popular", [*QUESTIONS, ("b.png", "Is there a dog in the image?", "yes"), ("b.png", "Is there a cat in the image?", "no")])
+    write_pope(
+        root, "popular", [*QUESTIONS, ("b.png", "Is there a dog in the image?", "yes"), ("b.png", "Is there a cat in the image?", "no")]
+    )
     test = pope_benchmark(write_pope(root, "random"), root / "images", suffix=" Shortly.")
     assert [question.split for question in test.questions] == ["popular"] * 4 + ["random"] * 2
     assert len(test.question_records) == 4 and test.record_of == (0, 1, 2, 3, 0, 1)

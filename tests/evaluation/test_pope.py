@@ -51,7 +51,9 @@ def test_parser(answer, yes):
     assert pope.parse(answer) is yes
 
 
-@pytest.mark.parametrize("answer, neither", [("", True), ("Nothing.", True), ("NO.", True), ("YES!", False), ("no", False), ("Eyes.", True)])
+@pytest.mark.parametrize(
+    "answer, neither", [("", True), ("Nothing.", True), ("NO.", True), ("YES!", False), ("no", False), ("Eyes.", True)]
+)
 def test_says_neither(answer, neither):
     assert pope.says_neither(answer) is neither
 
@@ -171,7 +173,9 @@ def test_published_layout(tmp_path):
     assert json.loads(copy.read_text().splitlines()[1])["question_id"] == 2
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"image": "a", "text": "b", "label": "maybe"}', '{"image": 3, "text": "b", "label": "yes"}', ""])
+@pytest.mark.parametrize(
+    "line", ["{", "[]", '{"image": "a", "text": "b", "label": "maybe"}', '{"image": 3, "text": "b", "label": "yes"}', ""]
+)
 def test_bad_files_are_named(tmp_path, line):
     file = tmp_path / "pope_random.json"
     file.write_text('\n{"image": "a", "text": "b", "label": "yes"}\n' * bool(line) + line)

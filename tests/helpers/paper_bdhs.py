@@ -1,7 +1,7 @@
 """BDHS as arXiv 2407.02477 writes it down, on transformers and torch: one forward pass a token, one row a sentence, nothing shared.
 
-It knows the package's random draws (which numbers decide) and its choices where the paper leaves one, and none of its code but the processor
-and the similarity.
+It knows the package's random draws (which numbers decide) and its choices where the paper leaves one, and none of its code but the
+processor and the similarity.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import torch
 import transformers
+from helpers.checkpoints import quiet
 from PIL import Image
 
 YES_NO = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
@@ -19,9 +20,10 @@ YES_NO = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
 
 class Paper:
     def __init__(self, tiny, config, similarity):
-        self.torch = transformers.LlavaForConditionalGeneration.from_pretrained(tiny.directory, dtype=torch.float32).eval()
+        with quiet():
+            self.torch = transformers.LlavaForConditionalGeneration.from_pretrained(tiny.directory, dtype=torch.float32).eval()
         self.processor, self.config, self.similarity = tiny.processor, config, similarity
-        self.letter = tiny.processor.answer("a").ids[-2]
+        self.letter = int(tiny.processor.answer("a").ids[-2])
 
     @torch.no_grad()
     def generate(self, record, visible, context, stops, most):
@@ -70,7 +72,8 @@ class Paper:
                 return space[0] + text.strip() + space[1], iteration
             out = []
             for number, sentence in enumerate(sentences):
-                random = np.random.Generator(np.random.Philox(np.random.SeedSequence((c.seed, record_key(record), draw, iteration, number))))
+                sequence = np.random.SeedSequence((c.seed, record_key(record), draw, iteration, number))
+                random = np.random.Generator(np.random.Philox(sequence))
                 before, behind = "".join(sentences[:number]), 0
                 leading = re.match(r"\s*(Yes|yes|No|no)(?!\w)", sentence)
                 if leading and random.random() < c.yes_no_swap:

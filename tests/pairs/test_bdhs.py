@@ -1,14 +1,16 @@
 """BDHS against the paper's pseudo code on transformers, and what its pairs look like."""
 
 import dataclasses
+import functools
 import itertools
+import json
 
 import jax
 import numpy as np
 import pytest
 from helpers import checkpoints
 from helpers.paper_bdhs import Paper
-from helpers.tiny import Tiny, record
+from helpers.tiny import Tiny, noise_png, record
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import DataConfig, PairsConfig
@@ -21,9 +23,10 @@ from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.pairs.bdhs import BdhsSampler, sample_pairs, to_records
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.pairs.similarity import ngram_cosine
-from mmalign_jax.types import Preference, Response
+from mmalign_jax.types import Media, Preference, Response
 
 GREEDY = PairsConfig(maker="bdhs", rho_th=0.7, n_iter=3, eps=0.2, temperature=0.0, max_sentence_tokens=6, batch_size=4, seed=5)
+DRAWN = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, eps=0.3)
 
 # name -> the record and its sentences, written out by hand
 RECORDS = {
@@ -32,9 +35,8 @@ RECORDS = {
     "yes": (["Yes."], [3]),
     "no": (["No, there is not any bird!", " Yes, there are two.", " None of them.", " North"], [2]),
     "text": (["A cup stands on the left."], []),
-    "space": (["  A green tree.", "\n\nThree people.  A", "  No. \n"], [4]),
+    "space": (["  A green tree.", "\n\nThree people.", "  No. \n"], [4]),
 }
-RECORDS["space"] = (["  A green tree.", "\n\nThree people.", "  No. \n"], [4])
 
 
 def build():
@@ -50,14 +52,22 @@ def tiny(tmp_path_factory):
     return dataclasses.replace(loaded, processor=dataclasses.replace(loaded.processor, sentence_end_ids=ends))
 
 
+ONE = mesh_lib.make_mesh(devices=jax.devices()[:1])
+
+
 @pytest.fixture(scope="module")
-def one_device():
-    return mesh_lib.make_mesh(devices=jax.devices()[:1])
+def sampler_of(tiny):
+    """A sampler with parameters. Compiling one is most of these tests' time, so equal ones are the same."""
+    layout = measure(build(), tiny.processor, answers=1)
+    params = functools.cache(tiny.sharded)
 
+    @functools.cache
+    def make(config=GREEDY, mesh=ONE, lanes=4, **changes):
+        shape = dataclasses.replace(layout, **changes)
+        sampler = BdhsSampler(tiny.model, tiny.processor, mesh, config, shape, lanes)
+        return functools.partial(sampler, params(mesh))
 
-def sampler_of(tiny, config, mesh, records=None, lanes=4, **layout):
-    shape = dataclasses.replace(measure(records or build(), tiny.processor, answers=1), **layout)
-    return BdhsSampler(tiny.model, tiny.processor, mesh, config, shape, lanes)
+    return make
 
 
 def summary(outcomes):
@@ -65,8 +75,8 @@ def summary(outcomes):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tiny, one_device):
-    return sampler_of(tiny, GREEDY, one_device)(tiny.sharded(one_device), build())
+def outcomes(sampler_of):
+    return sampler_of()(build())
 
 
 def agree(tiny, config, outcomes, records, draw=0):
@@ -86,61 +96,63 @@ def test_the_paper_with_retries(tiny, outcomes):
 
 
 @pytest.mark.parametrize("changes", [{"n_iter": 1}, {"n_iter": 1, "rho_th": 0.0}, {"rho_th": 1.0, "yes_no_swap": 1.0}])
-def test_the_paper_in_its_special_cases(tiny, one_device, changes):
+def test_the_paper_in_its_special_cases(tiny, sampler_of, changes):
     config = dataclasses.replace(GREEDY, **changes)
-    found = sampler_of(tiny, config, one_device)(tiny.sharded(one_device), build(), draw=2)
+    found = sampler_of(config)(build(), draw=2)
     agree(tiny, config, found, build(), draw=2)
     if config.n_iter == 1:
         assert all(outcome.sentences is not None and outcome.iteration == 1 for outcome in found)
         assert {outcome.accepted for outcome in found} == {True, False}
 
 
-def test_pixels_matter_as_far_as_the_mask_lets_them(tiny, one_device):
-    others = [dataclasses.replace(one, media=tuple(reversed(build()[3].media * len(one.media)))) for one in build()]
+def test_pixels_matter_as_far_as_the_mask_lets_them(sampler_of):
+    others = [dataclasses.replace(one, media=tuple(Media("image", noise_png(seed)) for seed in range(8, 8 + len(one.media)))) for one in build()]
     differ = {}
     for rho in (0.0, 1.0):
-        sampler = sampler_of(tiny, dataclasses.replace(GREEDY, rho_th=rho, n_iter=1), one_device)
-        params = tiny.sharded(one_device)
-        differ[rho] = summary(sampler(params, build())) != summary(sampler(params, others))
+        run = sampler_of(dataclasses.replace(GREEDY, rho_th=rho, n_iter=1))
+        differ[rho] = summary(run(build())) != summary(run(others))
     assert differ == {0.0: True, 1.0: False}
 
 
-def test_batch_order_and_mesh_do_not_matter(tiny, one_device):
-    config = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, eps=0.5)
-    params = tiny.sharded(one_device)
-    expected = summary(sampler_of(tiny, config, one_device)(params, build()))
-    wider = sampler_of(tiny, dataclasses.replace(config, batch_size=1), one_device, lanes=6, images=3)
-    found = wider(params, build()[::-1])
-    assert summary(found)[::-1] == expected
-    assert summary(wider(params, build()[2:4])) == expected[2:4]
-    mesh = mesh_lib.make_mesh(data=2, fsdp=2, tensor=2)
-    assert summary(sampler_of(tiny, config, mesh)(tiny.sharded(mesh), build())) == expected
+def test_batch_order_and_mesh_do_not_matter(sampler_of):
+    expected = summary(sampler_of(DRAWN)(build()))
+    wider = sampler_of(dataclasses.replace(DRAWN, batch_size=1), lanes=6, images=3)
+    assert summary(wider(build()[::-1]))[::-1] == expected
+    assert summary(wider(build()[2:4])) == expected[2:4]
+    assert summary(sampler_of(DRAWN, mesh_lib.make_mesh(data=2, fsdp=2, tensor=2))(build())) == expected
+    assert {iteration for _, iteration, *_ in expected} == {1, 2, 3}
 
 
-def test_draws(tiny, one_device):
-    config = dataclasses.replace(GREEDY, temperature=1.0, n_iter=1)
-    sampler, params = sampler_of(tiny, config, one_device), tiny.sharded(one_device)
-    again = [summary(sampler(params, build(), draw=draw)) for draw in (0, 0, 1)]
+def test_draws(sampler_of):
+    config = dataclasses.replace(DRAWN, n_iter=1)
+    run = sampler_of(config)
+    again = [summary(run(build(), draw=draw)) for draw in (0, 0, 1)]
     assert again[0] == again[1] and all(a != b for a, b in zip(again[0], again[2], strict=True))
-    seeded = sampler_of(tiny, dataclasses.replace(config, seed=6), one_device)
-    assert summary(seeded(params, build())) != again[0]
-    # records that differ in nothing but their id have draws of their own, and so have a record's sentences
-    twins = [record(name, "What?", "A cup. A cup. A cup. A cup.", images=[1]) for name in "ab"]
-    a, b = sampler_of(tiny, config, one_device, twins)(params, twins)
-    assert a.sentences != b.sentences and len(set(a.sentences)) > 2
+    assert summary(sampler_of(dataclasses.replace(config, seed=6))(build())) != again[0]
+    # records that differ in nothing but their id have draws of their own
+    twins = [record(name, "What?", "A cup. A cup.", images=[1]) for name in "ab"]
+    a, b = run(twins)
+    assert a.sentences != b.sentences
+    # lanes of one record too, be they in its own row or, with a swapped word, in one beside it
+    answer = "Yes, a cup. Yes, a cup. Yes, a cup. Yes, a cup."
+    blind = sampler_of(dataclasses.replace(config, rho_th=1.0, yes_no_swap=0.5, temperature=50.0))
+    (one,) = blind([record("same", "What?", answer, images=[1])])
+    tails = [sentence[split:] for sentence, split in zip(one.sentences, one.splits, strict=True)]
+    assert 0 < len(one.swapped) < 4 and len(set(tails)) == 4
 
 
-def test_no_special_token_is_written(tiny, one_device, monkeypatch):
+def test_no_special_token_is_written(tiny, sampler_of, monkeypatch):
     # a model that likes nothing more than image tokens, padding and beginnings
     head = np.array(tiny.params["decoder"]["head"]["kernel"])
     head[:, [0, 1, 3, 4]] *= 50
-    params = tiny.params | {"decoder": tiny.params["decoder"] | {"head": {"kernel": jax.numpy.asarray(head)}}}
-    with jax.set_mesh(one_device):
-        params = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, tiny.sharded(one_device))
+    run = sampler_of(dataclasses.replace(GREEDY, eps=1e-9))
+    params = run.args[0]
+    kernel = jax.device_put(head, params["decoder"]["head"]["kernel"].sharding)
+    params = params | {"decoder": params["decoder"] | {"head": {"kernel": kernel}}}
     seen = []
     decode = type(tiny.processor).decode
     monkeypatch.setattr(type(tiny.processor), "decode", lambda self, ids: seen.extend(map(int, ids)) or decode(self, ids))
-    sampler_of(tiny, dataclasses.replace(GREEDY, eps=1e-9), one_device)(params, build())
+    run.func(params, build())
     assert len(set(seen)) > 10 and not set(seen) & set(tiny.processor.banned_ids)
     assert set(tiny.processor.banned_ids) >= {0, 1, 3, 4}
 
@@ -164,13 +176,11 @@ def test_texts_of_guided_answers(outcomes):
                 assert not written.lstrip().startswith(" ") and written == written.rstrip()
 
 
-def test_whole_pairs(tiny, one_device):
-    params = tiny.sharded(one_device)
-    done = []
-    made, statistics = sample_pairs(sampler_of(tiny, GREEDY, one_device), params, iter(build()), GREEDY, done.append)
+def test_whole_pairs(tiny, sampler_of, outcomes):
+    run, done = sampler_of(), []
+    made, statistics = sample_pairs(run.func, *run.args, iter(build()), GREEDY, done.append)
     assert statistics.records == len(build()) == statistics.pairs + statistics.unchanged + statistics.unusable
     assert statistics.pairs == len(made) and sum(statistics.by_iteration.values()) == statistics.records and done == [6]
-    outcomes = sampler_of(tiny, GREEDY, one_device)(params, build())
     assert [one.id for one in made] == [one.record.id for one in outcomes if one.changed]
     for pair in made:
         source = next(one for one in build() if one.id == pair.id)
@@ -187,20 +197,16 @@ def valid(pair, tiny):
     tokenize(pair, pair.prefs[0], tiny.processor, 2)
 
 
-def test_the_draws_are_kept_and_make_the_outcome_again(tiny, one_device, outcomes):
-    params = tiny.sharded(one_device)
-    for outcome in sampler_of(tiny, GREEDY, one_device)(params, build(), draw=3):
-        for pair in to_records(outcome, dataclasses.replace(GREEDY, per_sentence=True)):
-            kept = pair.meta["bdhs"]
-            settings = kept["settings"]
-            # from the metadata alone, with no earlier iteration: n_iter = 1 numbers its attempts 1 + draw
-            config = PairsConfig(**settings, batch_size=1)
-            source = next(one for one in build() if one.id == kept["record"])
-            (again,) = sampler_of(tiny, config, one_device)(params, [source], draw=kept["draw"])
-            assert (again.iteration, again.similarity, again.accepted) == (kept["iteration"], kept["similarity"], kept["accepted"])
-            assert list(again.splits or ()) == (kept["splits"] or []) and list(again.swapped) == kept["swapped"]
-            assert kept["guided"] == (again.sentences is not None) and kept["unfinished"] == again.unfinished
-            break
+def test_the_draws_are_kept_and_make_the_outcome_again(sampler_of):
+    run, config = sampler_of(), dataclasses.replace(GREEDY, per_sentence=True)
+    pairs = [to_records(outcome, config) for outcome in run(build(), draw=3)]
+    for pair in (some[0] for some in pairs if some):
+        kept = json.loads(json.dumps(pair.meta["bdhs"]))
+        again = PairsConfig(**kept["settings"], maker="bdhs", batch_size=GREEDY.batch_size)
+        (outcome,) = sampler_of(again)([one for one in build() if one.id == kept["record"]], draw=kept["draw"])
+        assert [pair.meta["bdhs"]] == [one.meta["bdhs"] for one in to_records(outcome, config)][:1]
+        assert outcome.rejected in (pair.responses[1].text, "".join(outcome.sentences or ())) or outcome.sentences
+        assert outcome.iteration == kept["iteration"] and list(outcome.splits or ()) == (kept["splits"] or [])
 
 
 def test_pairs_per_sentence(tiny, outcomes):
@@ -241,50 +247,48 @@ def test_white_space_and_empty_sentences_in_pairs(outcomes):
     assert pair.responses[0].text == "".join(RECORDS["space"][0]) and pair.responses[1].text == pair.prefix + "  Yes. \n"
 
 
-def test_nothing_new_or_nothing_readable_gives_no_pair(tiny, one_device, outcomes, monkeypatch):
+def test_nothing_new_or_nothing_readable_gives_no_pair(tiny, sampler_of, outcomes, monkeypatch):
     one = dataclasses.replace(outcomes[0], rejected=" ".join(outcomes[0].reference.text.split()))
     assert to_records(one, GREEDY) == []
     # the letters of a special token are no answer: tried again, and counted at the end
     decode = type(tiny.processor).decode
     monkeypatch.setattr(type(tiny.processor), "decode", lambda self, ids: decode(self, ids) + " <image>")
-    made, statistics = sample_pairs(sampler_of(tiny, GREEDY, one_device), tiny.sharded(one_device), build()[:2], GREEDY)
+    run = sampler_of()
+    made, statistics = sample_pairs(run.func, *run.args, build()[:2], GREEDY)
     assert not made and statistics.unusable == 2 and statistics.unchanged == 0 and statistics.by_iteration == {3: 2}
 
 
-def test_the_winner_of_a_pair_is_the_reference(tiny, one_device):
+def test_the_winner_of_a_pair_is_the_reference(sampler_of):
     source = build()[0]
     pair = dataclasses.replace(source, responses=(Response("A cup."), source.responses[0]), prefs=(Preference(1, 0),))
-    sampler, params = sampler_of(tiny, GREEDY, one_device), tiny.sharded(one_device)
-    (a,), (b,) = sampler(params, [pair]), sampler(params, [source])
+    (a,), (b,) = sampler_of()([pair]), sampler_of()([source])
     assert a.reference == source.responses[0] and a.rejected == b.rejected
     (made,) = to_records(a, GREEDY)
     assert [response.text for response in made.responses] == [source.responses[0].text, a.rejected]
 
 
-def test_mistakes(tiny, one_device):
-    params = tiny.sharded(one_device)
-    sampler = sampler_of(tiny, GREEDY, one_device, lanes=2)
+def test_mistakes(sampler_of):
+    run = sampler_of(lanes=2)
     with pytest.raises(UserError, match="record long: the reference has 4 sentences, there are 2 lanes"):
-        sampler(params, build())
+        run(build())
     cat = build()[0]
-    for broken in (dataclasses.replace(cat, responses=()), dataclasses.replace(cat, prefix="There"), dataclasses.replace(cat, complete=False)):
+    for change in ({"responses": ()}, {"prefix": "There"}, {"complete": False}):
         with pytest.raises(UserError, match="record cat: BDHS needs a whole reference"):
-            sampler(params, [broken])
+            run([dataclasses.replace(cat, **change)])
     with pytest.raises(DataError, match="there are 16 slots"):
         # a layout that would cut the reference may not: its later sentences would be completed behind nothing
-        sampler_of(tiny, GREEDY, one_device, answer_slots=8, shorten_answers=True)(params, build())
-    assert sampler(params, []) == []
+        sampler_of(answer_slots=8, shorten_answers=True)(build())
+    assert run([]) == []
 
 
-def test_a_swap_that_takes_more_tokens_fits(tiny, one_device):
+def test_a_swap_that_takes_more_tokens_fits(tiny, sampler_of):
     config = dataclasses.replace(GREEDY, yes_no_swap=1.0, n_iter=1)
-    short = [record("r", "Is it?", "no", images=[1])]
     ids = tiny.processor.answer_ids("no")[0]
-    (one,) = sampler_of(tiny, config, one_device, short, answer_slots=len(ids))(tiny.sharded(one_device), short)
+    (one,) = sampler_of(config, answer_slots=len(ids))([record("r", "Is it?", "no", images=[1])])
     assert one.swapped == (0,) and one.rejected == "yes"
 
 
-def test_every_combination_of_iterations_numbers_its_draws_apart(tiny, one_device):
-    sampler = sampler_of(tiny, GREEDY, one_device)
-    numbers = [sampler._number(draw, iteration) for draw, iteration in itertools.product(range(4), range(1, 4))]
-    assert len(set(numbers)) == len(numbers)
+def test_every_attempt_at_a_record_has_its_own_number(sampler_of):
+    number = sampler_of().func._number
+    numbers = {number(draw, iteration) for draw, iteration in itertools.product(range(4), range(1, 4))}
+    assert len(numbers) == 12

@@ -39,7 +39,9 @@ def test_swap(sentence, swapped):
     assert text == swapped and text[:end].strip() in ("Yes", "yes", "No", "no")
 
 
-@pytest.mark.parametrize("sentence", ["None of them.", "Nothing.", "North.", "Not so.", "Yesterday.", "YES", "It is. No", "No-one.", "Now", "No's"])
+@pytest.mark.parametrize(
+    "sentence", ["None of them.", "Nothing.", "North.", "Not so.", "Yesterday.", "YES", "It is. No", "No-one.", "Now", "No's"]
+)
 def test_words_that_only_begin_alike_are_not_swapped(sentence):
     assert swap_yes_no(sentence) is None
 
