@@ -87,7 +87,7 @@ class OptimizerConfig:
     learning_rate: float = setting(1e-6, min=0.0)
     schedule: str = setting("cosine", choices=("cosine", "linear", "constant"))
     warmup_fraction: float = setting(0.0, min=0.0, max=0.9, help="share of the steps in which the learning rate rises linearly")
-    final_fraction: float = setting(0.0, min=0.0, max=1.0, help="learning rate at the last step, as a share of the peak")
+    final_fraction: float = setting(0.0, min=0.0, max=1.0, help="learning rate that the schedule ends with, behind the last step, as a share of the peak")
     weight_decay: float = setting(0.0, min=0.0)
     b1: float = setting(0.9, min=0.0, max=1.0)
     b2: float = setting(0.999, min=0.0, max=1.0)

@@ -94,6 +94,10 @@ _MISTRAL_DEFAULTS = _LLAMA_DEFAULTS | {
 }  # fmt: skip
 
 
+# Names of `models.layers.activation`.
+_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu")
+
+
 def from_hf(config: Mapping[str, Any], where: str = "config.json") -> LlavaConfig:
     """Reads a LLaVA `config.json`.
 
@@ -104,6 +108,9 @@ def from_hf(config: Mapping[str, Any], where: str = "config.json") -> LlavaConfi
     text, vision = config.get("text_config", {}), config.get("vision_config", {})
     _expect(vision.get("model_type", "clip_vision_model"), ("clip_vision_model",), "vision_config.model_type", where)
     _expect(config.get("vision_feature_select_strategy", "default"), ("default", "full"), "vision_feature_select_strategy", where)
+    _expect(config.get("projector_hidden_act", "gelu"), _ACTIVATIONS, "projector_hidden_act", where)
+    _expect(text.get("hidden_act", "silu"), _ACTIVATIONS, "text_config.hidden_act", where)
+    _expect(vision.get("hidden_act", "quick_gelu"), _ACTIVATIONS, "vision_config.hidden_act", where)
     layers = config.get("vision_feature_layer", -2)
     image_token_id = config.get("image_token_index", config.get("image_token_id", 32000))
     return LlavaConfig(

@@ -60,11 +60,15 @@ def param_shardings(config: LlavaConfig, mesh: Mesh) -> dict:
     """The sharding of every leaf. A dimension that its mesh axes do not divide stays whole.
 
     Raises:
-      UserError: heads, MLP width or vocabulary cannot be split over the `tensor` axis.
+      UserError: heads, a width or the vocabulary cannot be split over the `tensor` axis.
     """
     tensor = mesh.shape["tensor"]
-    c = config.decoder
-    for name, size in {"heads": c.heads, "kv_heads": c.kv_heads, "mlp_width": c.mlp_width, "vision heads": config.vision.heads}.items():
+    c, v = config.decoder, config.vision
+    split = {
+        "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads, "intermediate_size": c.mlp_width, "hidden_size": c.width,
+        "vocab_size": c.vocab_size, "vision num_attention_heads": v.heads, "vision intermediate_size": v.mlp_width,
+    }  # fmt: skip
+    for name, size in split.items():
         if size % tensor:
             raise UserError(f"config.mesh.tensor: {tensor} does not divide the model's {name} = {size}")
 

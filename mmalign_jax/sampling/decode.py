@@ -5,6 +5,7 @@ a sentence, each behind its split of the clean answer.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -64,13 +65,12 @@ class Samples:
 
 
 def lane_keys(key: Array, record_key: UInt[Array, " B"], draw: Int[Array, " B"], lanes: int) -> Array:
-    """One random key a lane, from (seed, record, draw, lane) alone, so that a result depends on nothing else."""
-
-    def row(record: Array, number: Array) -> Array:
-        base = jax.random.fold_in(jax.random.fold_in(key, record), number)
-        return jax.vmap(lambda lane: jax.random.fold_in(base, lane))(jnp.arange(lanes))
-
-    return jax.vmap(row)(record_key, draw)
+    """One random key a lane `[B S]`, from (seed, record, draw, lane) alone, so that a result depends on nothing else."""
+    # broadcast by hand: batching fold_in over rows and lanes apart mixes shardings when there is one row
+    record_key, draw = (jnp.broadcast_to(value[:, None], (value.shape[0], lanes)) for value in (record_key, draw))
+    lane = jnp.zeros_like(draw) + jnp.arange(lanes)
+    fold = lambda record, number, lane: functools.reduce(jax.random.fold_in, (record, number, lane), key)  # noqa: E731
+    return jax.vmap(jax.vmap(fold))(record_key, draw, lane)
 
 
 def decode_lanes(
@@ -94,8 +94,9 @@ def decode_lanes(
       visible: slots that lanes may see at all; the prefill must have been made under the same choice.
     """
     rows, lanes = start.slot.shape
-    take = lambda values: jnp.take_along_axis(values, start.slot, axis=1)  # noqa: E731
-    first_position, own_role = take(positions) + 1, take(role)
+    # not take_along_axis, which cannot tell the sharding of one lane of one row
+    take = jax.vmap(lambda values, slot: values[slot])
+    first_position, own_role = take(positions, start.slot) + 1, take(role, start.slot)
     allowed = (role != PAD)[:, None] & ((role == PREFIX)[:, None] | (role[:, None] == own_role[..., None]))
     allowed &= positions[:, None] < first_position[..., None]
     if visible is not None:
@@ -120,7 +121,7 @@ def decode_lanes(
         hidden, tail = model.decode_step(params, prefill.cache, tail, chosen, position, shared, step)
         return step + 1, hidden, tail, tokens, logps, lengths, done, stopped
 
-    hidden = jnp.take_along_axis(prefill.hidden, start.slot[..., None], axis=1)
+    hidden = take(prefill.hidden, start.slot)
     zeros = jnp.zeros_like(start.slot)
     blank = jnp.broadcast_to(zeros[..., None], (rows, lanes, options.max_new_tokens))
     carry = (

@@ -20,7 +20,9 @@ def step_flops(config: LlavaConfig, batch: PairBatch, *, reference: bool, other_
     c, v = config.decoder, config.vision
     rows = batch.tokens.size // batch.tokens.shape[-1]
     layer = 2 * c.width * c.head_width * (c.heads + c.kv_heads) + 3 * c.width * c.mlp_width
-    passes = 2 + (0 if "decoder" in freeze else 4) + (2 if reference else 0)
+    # a frozen decoder still carries the gradient to what lies under it: activations, no weights
+    backward = 4 if "decoder" not in freeze else 0 if {"projector", "vision_tower"} <= set(freeze) else 2
+    passes = 2 + backward + (2 if reference else 0)
 
     def decoder(slots: int, answers: int) -> float:
         per_token = c.layers * layer
@@ -31,7 +33,8 @@ def step_flops(config: LlavaConfig, batch: PairBatch, *, reference: bool, other_
     tower_layer = 4 * v.width * v.width + 2 * v.width * v.mlp_width
     tokens = v.patches + 1
     tower = tokens * config.used_vision_layers * (tower_layer + 2 * tokens * v.width) + v.patches * 3 * v.patch_size**2 * v.width
-    tower *= batch.images.shape[-4] * (2 if "vision_tower" in freeze else 6)
+    # a frozen tower's features serve policy and reference
+    tower *= batch.images.shape[-4] * (2 if "vision_tower" in freeze else 8 if reference else 6)
     total = decoder(batch.tokens.shape[-1], batch.answers) + tower
     if other_image:
         total += decoder(batch.prefix_slots + batch.answer_slots, 1) + tower

@@ -7,9 +7,9 @@ from mmalign_jax.config import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up, then cosine, linear or constant until the last step."""
+    """Linear warm-up, then cosine, linear or constant. The final learning rate is reached behind the last step, as in transformers."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
-    warmup_steps = round(config.warmup_fraction * steps)
+    warmup_steps = min(round(config.warmup_fraction * steps), steps - 1)
     rest = steps - warmup_steps
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction)

@@ -57,6 +57,7 @@ def test_what_is_missing_is_named(evaluate, given, problem):
         evaluate._tests(options(**given))
 
 
+@pytest.mark.slow
 def test_command(tmp_path):
     """Two models on published-style POPE files: one JSON file, every answer in it."""
     for name, seed in (("first", 0), ("second", 1)):

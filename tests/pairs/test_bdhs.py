@@ -25,8 +25,8 @@ from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.pairs.similarity import ngram_cosine
 from mmalign_jax.types import Media, Preference, Response
 
-GREEDY = PairsConfig(maker="bdhs", rho_th=0.7, n_iter=3, eps=0.2, temperature=0.0, max_sentence_tokens=6, batch_size=4, seed=5)
-DRAWN = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, eps=0.3)
+GREEDY = PairsConfig(maker="bdhs", rho_th=0.7, n_iter=3, eps=0.3, temperature=0.0, max_sentence_tokens=6, batch_size=4, seed=6)
+DRAWN = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, eps=0.2)
 
 # name -> the record and its sentences, written out by hand
 RECORDS = {
@@ -41,6 +41,14 @@ RECORDS = {
 
 def build():
     return [record(name, "What is in the picture?", "".join(sentences), images=images) for name, (sentences, images) in RECORDS.items()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """XLA's optimisations are of no use to tiny arrays, and most of the time of these tests."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +99,7 @@ def test_the_paper_with_retries(tiny, outcomes):
     # the comparison must have met every path
     assert {outcome.iteration for outcome in outcomes} == {1, 2, 3}
     assert {outcome.sentences is None for outcome in outcomes} == {True, False}
-    assert any(outcome.swapped for outcome in outcomes) and any(outcome.unfinished for outcome in outcomes)
+    assert any(outcome.unfinished for outcome in outcomes)
     assert not all(outcome.unfinished == len(outcome.splits or (0,)) for outcome in outcomes)
 
 
@@ -100,13 +108,15 @@ def test_the_paper_in_its_special_cases(tiny, sampler_of, changes):
     config = dataclasses.replace(GREEDY, **changes)
     found = sampler_of(config)(build(), draw=2)
     agree(tiny, config, found, build(), draw=2)
+    assert any(outcome.swapped for outcome in found)
     if config.n_iter == 1:
         assert all(outcome.sentences is not None and outcome.iteration == 1 for outcome in found)
         assert {outcome.accepted for outcome in found} == {True, False}
 
 
 def test_pixels_matter_as_far_as_the_mask_lets_them(sampler_of):
-    others = [dataclasses.replace(one, media=tuple(Media("image", noise_png(seed)) for seed in range(8, 8 + len(one.media)))) for one in build()]
+    media = [Media("image", noise_png(seed)) for seed in (8, 9)]
+    others = [dataclasses.replace(one, media=tuple(media[: len(one.media)])) for one in build()]
     differ = {}
     for rho in (0.0, 1.0):
         run = sampler_of(dataclasses.replace(GREEDY, rho_th=rho, n_iter=1))
@@ -128,7 +138,7 @@ def test_draws(sampler_of):
     run = sampler_of(config)
     again = [summary(run(build(), draw=draw)) for draw in (0, 0, 1)]
     assert again[0] == again[1] and all(a != b for a, b in zip(again[0], again[2], strict=True))
-    assert summary(sampler_of(dataclasses.replace(config, seed=6))(build())) != again[0]
+    assert summary(sampler_of(dataclasses.replace(config, seed=7))(build())) != again[0]
     # records that differ in nothing but their id have draws of their own
     twins = [record(name, "What?", "A cup. A cup.", images=[1]) for name in "ab"]
     a, b = run(twins)

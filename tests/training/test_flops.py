@@ -1,0 +1,53 @@
+"""FLOPs of a step against the rule of thumb of 2 N a token, and their parts against each other."""
+
+import jax
+import numpy as np
+import pytest
+
+from mmalign_jax.models.params import abstract_params
+from mmalign_jax.models.presets import preset
+from mmalign_jax.training.flops import mfu, step_flops
+from mmalign_jax.types import PairBatch
+
+SIZES = preset("llava-1.5-7b")
+TOWER = ("vision_tower",)
+
+
+def batch(rows, prefix=640, answer=128, images=1):
+    slots = prefix + 2 * answer
+    empty = np.zeros((1, rows, slots), np.int32)
+    pixels = jax.ShapeDtypeStruct((1, rows, images, 336, 336, 3), np.uint8)
+    key = np.zeros((1, rows), np.uint32)
+    return PairBatch(empty, empty, empty, pixels, empty, empty.astype(np.float32), key, key.astype(np.float32), prefix, answer)
+
+
+def flops(some, reference=True, other_image=False, freeze=TOWER):
+    return step_flops(SIZES, some, reference=reference, other_image=other_image, freeze=freeze)
+
+
+def test_near_eight_times_parameters_times_tokens():
+    """Forward 2, backward 4 and reference 2; the embedding costs nothing, and the head counts at answers only."""
+    layers = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(SIZES)["decoder"]["layers"]))
+    text = flops(batch(1, images=0))
+    assert 1.0 < text / (8 * layers * 896) < 1.05
+    tower = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(SIZES)["vision_tower"]["layers"]))
+    assert 1.0 < (flops(batch(1)) - text) / (2 * tower * 577) < 1.15
+
+
+def test_what_costs_more():
+    one = flops(batch(1))
+    np.testing.assert_allclose(flops(batch(4)), 4 * one)
+    text = flops(batch(1, images=0))
+    np.testing.assert_allclose(flops(batch(1, images=0), reference=False), text * 6 / 8)
+    assert flops(batch(1), other_image=True) > 1.7 * one
+    assert flops(batch(1), freeze=()) > one
+
+
+@pytest.mark.parametrize(("freeze", "share"), [(("vision_tower", "decoder"), 6 / 8), (("vision_tower", "projector", "decoder"), 4 / 8)])
+def test_a_frozen_decoder_still_carries_gradients_to_what_trains_below(freeze, share):
+    some = batch(1, images=0)
+    np.testing.assert_allclose(flops(some, freeze=freeze), share * flops(some))
+
+
+def test_mfu_is_not_guessed_for_an_unknown_device():
+    assert mfu(1e12, 1.0) is None

@@ -1,0 +1,146 @@
+"""One optimizer step: what changes, what does not, where the state goes, and step 0."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.checkpoints import tiny_llava
+from helpers.tiny import MIXED, Tiny, batch_of, parts, quick_jit
+
+from mmalign_jax import losses
+from mmalign_jax.training.step import LossFunction, init_state, make_train_step, split_params
+from mmalign_jax.types import PAD
+
+RATE = 0.05
+LOG2 = np.float32(np.log(2))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return Tiny.load(tiny_llava(tmp_path_factory.mktemp("tiny"), layout="memory"))
+
+
+@pytest.fixture(scope="module")
+def batch(tiny):
+    return batch_of(MIXED, tiny.processor)
+
+
+class Step:
+    """A step of mDPO by plain gradient descent, compiled once, with a tower that is frozen."""
+
+    def __init__(self, tiny, batch):
+        self.tiny, self.batch = tiny, batch
+        schedule = optax.linear_schedule(RATE, 0.0, 10)
+        optimizer = optax.sgd(schedule)
+        self._init = lambda params, frozen: init_state(params, frozen, optimizer, seed=3)
+        step = make_train_step(LossFunction(tiny.model, losses.build("mdpo", beta=0.1)), optimizer, schedule)
+        # a second call with arrays of another type or sharding than the first would be refused
+        self._run = step.lower(self.state(), self.reference(), batch).compile(compiler_options={"xla_backend_optimization_level": 0})
+
+    def state(self):
+        """The policy at step 0, in arrays of its own: they are given away."""
+        return self._init(*split_params(jax.tree.map(jnp.copy, self.tiny.params), ("vision_tower",)))
+
+    def reference(self):
+        return split_params(self.tiny.params, ("vision_tower",))[0]
+
+    def __call__(self, state):
+        return self._run(state, self.reference(), self.batch)
+
+
+@pytest.fixture(scope="module")
+def step(tiny, batch):
+    return Step(tiny, parts(batch))
+
+
+@pytest.fixture(scope="module")
+def first(step):
+    """The first step: state before (copied), state after, metrics."""
+    state = step.state()
+    before = jax.tree.map(np.array, (state.params, state.frozen))
+    after, metrics = step(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state, state.step, state.key)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(step.reference()))
+    return before, jax.device_get((after.params, after.frozen)), jax.device_get(metrics), int(after.step)
+
+
+def test_step_0_is_log_2_and_rewards_are_0_exactly(first):
+    _, _, metrics, _ = first
+    for term in ("text", "image", "anchor"):
+        assert metrics[f"loss/{term}"] == LOG2, term
+    for name in ("chosen", "rejected", "margins", "chosen_other_image", "accuracies"):
+        assert metrics[f"rewards/{name}"] == 0.0, name
+    np.testing.assert_allclose(metrics["loss"], 3 * LOG2, rtol=1e-6)
+    # the crop is another picture, and one that policy and reference share
+    assert abs(metrics["logps/chosen"] - metrics["logps/chosen_other_image"]) > 0.01
+
+
+def test_frozen_parts_stay_and_every_trained_tensor_moves(first):
+    (params, frozen), (new_params, new_frozen), _, _ = first
+    assert set(params) == {"projector", "decoder"} and set(frozen) == {"vision_tower"}
+    jax.tree.map(np.testing.assert_array_equal, frozen, new_frozen)
+    same = [path for path, moved in jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: np.any(a != b), params, new_params)) if not moved]
+    assert same == []
+
+
+def test_metrics_of_the_step(first, batch):
+    (params, _), (new_params, _), metrics, number = first
+    assert number == 1
+    assert metrics["zero_gradients"] == 0
+    np.testing.assert_allclose(metrics["learning_rate"], RATE)
+    np.testing.assert_allclose(metrics["padding_fraction"], np.mean(np.asarray(batch.role) == PAD), rtol=1e-6)
+    moved = np.sqrt(sum(np.sum(np.square(a - b)) for a, b in zip(jax.tree.leaves(new_params), jax.tree.leaves(params), strict=True)))
+    np.testing.assert_allclose(metrics["grad_norm"], moved / RATE, rtol=1e-4)
+
+
+def test_steps_lower_the_loss_and_draw_other_crops(step):
+    state, seen = step.state(), []
+    for _ in range(6):
+        state, metrics = step(state)
+        seen.append(jax.device_get(metrics))
+    assert seen[-1]["loss"] < seen[0]["loss"] - 0.1
+    assert seen[-1]["rewards/margins"] > 0
+    np.testing.assert_allclose([m["learning_rate"] for m in seen], RATE * (1 - np.arange(6) / 10), rtol=1e-5)
+    # crops are a function of the step: with a policy that stays, the corrupted picture's log-probs differ by the crop alone
+    loss = quick_jit(LossFunction(step.tiny.model, losses.build("mdpo")))
+    rows = jax.tree.map(lambda x: x[0], step.batch)
+    drawn = [
+        float(loss(step.tiny.params, {}, step.tiny.params, rows, jax.random.fold_in(jax.random.key(3), number))[1]["logps/chosen_other_image"])
+        for number in (0, 1)
+    ]
+    np.testing.assert_allclose(drawn[0], seen[0]["logps/chosen_other_image"], rtol=1e-5)
+    assert abs(drawn[0] - drawn[1]) > 1e-3
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_accumulated_equals_whole(tiny, batch, first, count):
+    _, (expected, _), metrics, _ = first
+    accumulating = Step(tiny, parts(batch, count))
+    after, got = accumulating(accumulating.state())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(after.params), expected)
+    assert got.keys() == metrics.keys()
+    for name in metrics:
+        np.testing.assert_allclose(got[name], metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["sft", "simpo"])
+def test_objectives_without_a_reference_take_none(tiny, batch, name):
+    loss = quick_jit(LossFunction(tiny.model, losses.build(name)))
+    rows = batch.first_answers(1) if name == "sft" else batch
+    value, metrics = loss(tiny.params, {}, None, rows, jax.random.key(0))
+    assert np.isfinite(value) and np.isfinite(metrics["nll/chosen"])
+
+
+def test_an_objective_that_needs_a_reference_does_not_run_without(tiny, batch):
+    loss = LossFunction(tiny.model, losses.build("dpo"))
+    with pytest.raises(TypeError):
+        jax.eval_shape(loss, tiny.params, {}, None, batch, jax.random.key(0))
+
+
+def test_margin_reaches_the_objective(tiny, batch):
+    loss = LossFunction(tiny.model, dataclasses.replace(losses.build("simpo"), function=lambda stats, **_: (stats.margin, {})))
+    value, _ = quick_jit(loss)(tiny.params, {}, None, dataclasses.replace(batch, margin=jnp.arange(4.0)), jax.random.key(0))
+    assert value == 1.5
