@@ -88,9 +88,8 @@ def attend_lanes(
     scale = query.shape[-1] ** -0.5
     shared = jnp.einsum("bsgre,btge->bgrst", grouped, key, preferred_element_type=jnp.float32) * scale
     own = jnp.einsum("bsgre,bsxge->bgrsx", grouped, tail_key, preferred_element_type=jnp.float32) * scale
-    both_mask = jnp.concatenate(
-        [mask[:, None, None], mesh.constrain(jnp.broadcast_to(tail_mask, (*mask.shape[:2], tail_mask.shape[0])), "batch", None, None)[:, None, None]], axis=-1
-    )
+    tail = mesh.constrain(jnp.broadcast_to(tail_mask, (*mask.shape[:2], tail_mask.shape[0])), "batch", None, None)
+    both_mask = jnp.concatenate([mask, tail], axis=-1)[:, None, None]
     weights = _softmax(jnp.concatenate([shared, own], axis=-1), both_mask).astype(value.dtype)
     split = key.shape[1]
     mixed = jnp.einsum("bgrst,btge->bsgre", weights[..., :split], value)

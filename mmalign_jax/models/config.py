@@ -9,7 +9,7 @@ from mmalign_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions. `kind` is default, linear, dynamic (refused), llama3 or yarn (refused); factors as in transformers' rope_parameters."""
+    """Rotary positions. `kind` is default, linear or llama3; factors as in transformers' rope_parameters."""
 
     theta: float = 10_000.0
     kind: str = "default"
@@ -63,7 +63,7 @@ class LlavaConfig:
     decoder: DecoderConfig
     vision: VisionConfig
     image_token_id: int
-    feature_layers: tuple[int, ...] = (-2,)  # hidden states of the tower that are concatenated; 0 is the embedding, -1 the last layer's output
+    feature_layers: tuple[int, ...] = (-2,)  # hidden states that are concatenated; 0 is the embedding, -1 the last layer's output
     keep_class_token: bool = False  # feature strategy "full" instead of "default"
     projector_activation: str = "gelu"
     projector_bias: bool = True

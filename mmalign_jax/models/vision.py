@@ -19,9 +19,11 @@ class _Attention(nn.Module):
     def __call__(self, x: Float[Array, "B M N Z"]) -> Float[Array, "B M N Z"]:
         width, heads = self.config.width, self.config.heads
         head = width // heads
-        project = lambda name: Linear(  # noqa: E731
-            "bmnw,whe->bmnhe", (width, heads, head), ("embed", "heads", None), (*_ROWS, "heads", None), (heads, head), ("heads", None), name=name
-        )(x)
+
+        def project(name: str) -> Array:
+            shape, kernel_axes, out_axes = (width, heads, head), ("embed", "heads", None), (*_ROWS, "heads", None)
+            return Linear("bmnw,whe->bmnhe", shape, kernel_axes, out_axes, (heads, head), ("heads", None), name=name)(x)
+
         query, key, value = project("query"), project("key"), project("value")
         scores = jnp.einsum("bmqhe,bmkhe->bmhqk", query, key, preferred_element_type=jnp.float32) * head**-0.5
         mixed = jnp.einsum("bmhqk,bmkhe->bmqhe", jax.nn.softmax(scores, axis=-1).astype(x.dtype), value)

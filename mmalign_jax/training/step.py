@@ -23,10 +23,19 @@ def split_params(params: dict, freeze: tuple[str, ...]) -> tuple[dict, dict]:
 
 def init_state(params: dict, frozen: dict, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step. The optimizer's moments take the sharding of their parameters. Call it under the mesh."""
-    return TrainState(jnp.int32(0), params, frozen, jax.jit(optimizer.init)(params), jax.random.key(seed))
+
+    @jax.jit
+    def rest(params: dict):
+        return jnp.int32(0), optimizer.init(params), jax.random.key(seed)
+
+    # made under jit, step and key lie on the whole mesh as the step's results do; otherwise the second step would compile again
+    step, opt_state, key = rest(params)
+    return TrainState(step, params, frozen, opt_state, key)
 
 
-def branch_logps(model: Llava, params: dict, tower: Float[Array, "B F Z"], batch: PairBatch) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
+def branch_logps(
+    model: Llava, params: dict, tower: Float[Array, "B F Z"], batch: PairBatch
+) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
     """Sums of the log-probs of every answer of packed rows, and the answers' lengths.
 
     Args:
@@ -51,7 +60,9 @@ class LossFunction:
     model: Llava
     objective: losses.Objective
 
-    def __call__(self, params: dict, frozen: dict, reference: dict | None, batch: PairBatch, key: Array) -> tuple[Float[Array, ""], Metrics]:
+    def __call__(
+        self, params: dict, frozen: dict, reference: dict | None, batch: PairBatch, key: Array
+    ) -> tuple[Float[Array, ""], Metrics]:
         """Mean loss over the rows, and metrics.
 
         Args:
@@ -96,7 +107,7 @@ def make_train_step(
 ) -> Callable[[TrainState, dict | None, PairBatch], tuple[TrainState, Metrics]]:
     """The step `(state, reference, batch [A, B, ...]) -> (state, metrics)`, jitted, its state donated.
 
-    The A parts of the batch are computed one after another; gradients and metrics are their means, so the result is that of the whole batch.
+    The A parts of the batch are computed one after another; gradients and metrics are their means: those of the whole batch.
     """
 
     def step(state: TrainState, reference: dict | None, batch: PairBatch) -> tuple[TrainState, Metrics]:
@@ -121,7 +132,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         metrics |= {
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "zero_gradients": sum(jnp.all(g == 0).astype(jnp.int32) for g in jax.tree.leaves(grads)),
             "learning_rate": schedule(state.step),
             "padding_fraction": jnp.mean(batch.role == 0, dtype=jnp.float32),
@@ -133,12 +144,12 @@ def make_train_step(
 
 
 def zero_gradients(loss: LossFunction, state: TrainState, reference: dict | None, batch: PairBatch) -> list[str]:
-    """Names of trainable tensors whose gradient on this batch is exactly zero: parts that the loss cannot see (DESIGN section 10, test 6)."""
+    """Names of trainable tensors whose gradient on this batch is exactly zero: parts that the loss cannot see."""
 
     @jax.jit
     def largest(params: dict, frozen: dict, reference: dict | None, batch: PairBatch, key: Array) -> dict:
         grads = jax.grad(lambda p: loss(p, frozen, reference, jax.tree.map(lambda x: x[0], batch), key)[0])(params)
         return jax.tree.map(lambda g: jnp.max(jnp.abs(g)), grads)
 
-    sizes = jax.device_get(largest(state.params, state.frozen, reference, batch, state.key))
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, size in jax.tree_util.tree_leaves_with_path(sizes) if size == 0.0]
+    sizes = jax.tree_util.tree_leaves_with_path(jax.device_get(largest(state.params, state.frozen, reference, batch, state.key)))
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, size in sizes if size == 0.0]

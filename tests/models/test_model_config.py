@@ -13,8 +13,13 @@ from mmalign_jax.models.params import param_shardings
 
 HF = {
     "model_type": "llava",
-    "text_config": {"model_type": "llama", "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 416},
-    "vision_config": {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 7},
+    "text_config": {
+        "model_type": "llama", "hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 416,
+    },
+    "vision_config": {
+        "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 7,
+    },
 }  # fmt: skip
 
 

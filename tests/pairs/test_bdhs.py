@@ -208,15 +208,16 @@ def valid(pair, tiny):
 
 
 def test_the_draws_are_kept_and_make_the_outcome_again(sampler_of):
-    run, config = sampler_of(), dataclasses.replace(GREEDY, per_sentence=True)
-    pairs = [to_records(outcome, config) for outcome in run(build(), draw=3)]
-    for pair in (some[0] for some in pairs if some):
-        kept = json.loads(json.dumps(pair.meta["bdhs"]))
-        again = PairsConfig(**kept["settings"], maker="bdhs", batch_size=GREEDY.batch_size)
-        (outcome,) = sampler_of(again)([one for one in build() if one.id == kept["record"]], draw=kept["draw"])
-        assert [pair.meta["bdhs"]] == [one.meta["bdhs"] for one in to_records(outcome, config)][:1]
-        assert outcome.rejected in (pair.responses[1].text, "".join(outcome.sentences or ())) or outcome.sentences
-        assert outcome.iteration == kept["iteration"] and list(outcome.splits or ()) == (kept["splits"] or [])
+    for outcome in sampler_of()(build(), draw=3):
+        for pair in to_records(outcome, dataclasses.replace(GREEDY, per_sentence=True)):
+            kept = json.loads(json.dumps(pair.meta["bdhs"]))
+            config = PairsConfig(**kept["settings"], maker="bdhs", batch_size=1, per_sentence=True)
+            (source,) = [one for one in build() if one.id == kept["record"]]
+            (again,) = sampler_of(config)([source], draw=kept["draw"])
+            assert pair in to_records(again, config)
+            assert (again.iteration, again.similarity, again.accepted) == (kept["iteration"], kept["similarity"], kept["accepted"])
+            assert list(again.splits or ()) == (kept["splits"] or []) and list(again.swapped) == kept["swapped"]
+            assert kept["guided"] == (again.sentences is not None) and kept["unfinished"] == again.unfinished
 
 
 def test_pairs_per_sentence(tiny, outcomes):

@@ -18,7 +18,7 @@ from mmalign_jax.pairs.bdhs import BdhsSampler
 from mmalign_jax.pairs.online import OnlineBatches
 from mmalign_jax.types import PairBatch, Preference, Response, record_key
 
-RECORDS = [record(f"r{number}", "What is there?", f"A {color} cat. Yes.", images=[number]) for number, color in enumerate(("red", "blue", "green"))]
+RECORDS = [record(color, "What is there?", f"A {color} cat. Yes.", images=[len(color)]) for color in ("red", "blue", "green")]
 TRAIN = TrainConfig(batch_size=4, accumulate=2, seed=3)
 PAIRS = PairsConfig(maker="bdhs", when="online", rho_th=0.5, n_iter=2, max_sentence_tokens=4, batch_size=4)
 

@@ -10,10 +10,11 @@ import pytest
 from mmalign_jax.config import OptimizerConfig
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 
+LAYERS = {"norm": {"scale": jnp.ones(2)}, "query": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
 PARAMS = {
-    "decoder": {"embed": {"embedding": jnp.ones((3, 2))}, "layers": {"norm": {"scale": jnp.ones(2)}, "query": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}},
+    "decoder": {"embed": {"embedding": jnp.ones((3, 2))}, "layers": LAYERS},
     "vision_tower": {"class_embedding": jnp.ones(2)},
-}  # fmt: skip
+}
 
 
 def values(steps, **settings):
@@ -53,7 +54,8 @@ def updates(config, grads):
 def test_only_kernels_and_embeddings_decay():
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     got = updates(OptimizerConfig(learning_rate=0.1, schedule="constant", weight_decay=0.5), zero)
-    decayed = {jax.tree_util.keystr(path, simple=True, separator="/") for path, leaf in jax.tree_util.tree_leaves_with_path(got) if np.any(leaf)}
+    leaves = jax.tree_util.tree_leaves_with_path(got)
+    decayed = {jax.tree_util.keystr(path, simple=True, separator="/") for path, leaf in leaves if np.any(leaf)}
     assert decayed == {"decoder/embed/embedding", "decoder/layers/query/kernel"}
     np.testing.assert_allclose(got["decoder"]["layers"]["query"]["kernel"], -0.05, rtol=1e-6)
 

@@ -11,6 +11,10 @@ from helpers.checkpoints import tiny_llava
 from helpers.tiny import MIXED, Tiny, batch_of, parts, quick_jit
 
 from mmalign_jax import losses
+from mmalign_jax.config import OptimizerConfig
+from mmalign_jax.data.device import to_device
+from mmalign_jax.mesh import make_mesh
+from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.step import LossFunction, init_state, make_train_step, split_params
 from mmalign_jax.types import PAD
 
@@ -47,8 +51,8 @@ class Step:
     def reference(self):
         return split_params(self.tiny.params, ("vision_tower",))[0]
 
-    def __call__(self, state):
-        return self._run(state, self.reference(), self.batch)
+    def __call__(self, state, reference=None):
+        return self._run(state, self.reference() if reference is None else reference, self.batch)
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +71,13 @@ def first(step):
     return before, jax.device_get((after.params, after.frozen)), jax.device_get(metrics), int(after.step)
 
 
-def test_step_0_is_log_2_and_rewards_are_0_exactly(first):
+def test_step_0_is_log_2_and_rewards_are_0(first):
     _, _, metrics, _ = first
     for term in ("text", "image", "anchor"):
-        assert metrics[f"loss/{term}"] == LOG2, term
-    for name in ("chosen", "rejected", "margins", "chosen_other_image", "accuracies"):
-        assert metrics[f"rewards/{name}"] == 0.0, name
+        np.testing.assert_allclose(metrics[f"loss/{term}"], LOG2, rtol=1e-6, err_msg=term)
+    for name in ("chosen", "rejected", "margins", "chosen_other_image"):
+        # log-probs of about -60 from two programs: the policy's also keeps what its gradient needs
+        np.testing.assert_allclose(metrics[f"rewards/{name}"], 0.0, atol=2e-6, err_msg=name)
     np.testing.assert_allclose(metrics["loss"], 3 * LOG2, rtol=1e-6)
     # the crop is another picture, and one that policy and reference share
     assert abs(metrics["logps/chosen"] - metrics["logps/chosen_other_image"]) > 0.01
@@ -82,8 +87,8 @@ def test_frozen_parts_stay_and_every_trained_tensor_moves(first):
     (params, frozen), (new_params, new_frozen), _, _ = first
     assert set(params) == {"projector", "decoder"} and set(frozen) == {"vision_tower"}
     jax.tree.map(np.testing.assert_array_equal, frozen, new_frozen)
-    same = [path for path, moved in jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: np.any(a != b), params, new_params)) if not moved]
-    assert same == []
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), params, new_params)
+    assert [path for path, has in jax.tree_util.tree_leaves_with_path(moved) if not has] == []
 
 
 def test_metrics_of_the_step(first, batch):
@@ -107,23 +112,30 @@ def test_steps_lower_the_loss_and_draw_other_crops(step):
     # crops are a function of the step: with a policy that stays, the corrupted picture's log-probs differ by the crop alone
     loss = quick_jit(LossFunction(step.tiny.model, losses.build("mdpo")))
     rows = jax.tree.map(lambda x: x[0], step.batch)
-    drawn = [
-        float(loss(step.tiny.params, {}, step.tiny.params, rows, jax.random.fold_in(jax.random.key(3), number))[1]["logps/chosen_other_image"])
-        for number in (0, 1)
-    ]
+    keys = [jax.random.fold_in(jax.random.key(3), number) for number in (0, 1)]
+    drawn = [float(loss(step.tiny.params, {}, step.tiny.params, rows, key)[1]["logps/chosen_other_image"]) for key in keys]
     np.testing.assert_allclose(drawn[0], seen[0]["logps/chosen_other_image"], rtol=1e-5)
     assert abs(drawn[0] - drawn[1]) > 1e-3
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_accumulated_equals_whole(tiny, batch, first, count):
-    _, (expected, _), metrics, _ = first
+@pytest.fixture(scope="module")
+def whole(step):
+    """A step against a reference that is not the policy, so that the rewards are not rounding."""
+    reference = jax.tree.map(lambda x: x * np.float32(1.01), jax.device_get(step.reference()))
+    after, metrics = step(step.state(), reference)
+    return reference, jax.device_get(after.params), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
+def test_accumulated_equals_whole(tiny, batch, whole, count):
+    reference, expected, metrics = whole
+    assert abs(metrics["rewards/margins"]) > 1e-3
     accumulating = Step(tiny, parts(batch, count))
-    after, got = accumulating(accumulating.state())
+    after, got = accumulating(accumulating.state(), reference)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(after.params), expected)
     assert got.keys() == metrics.keys()
     for name in metrics:
-        np.testing.assert_allclose(got[name], metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(got[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["sft", "simpo"])
@@ -144,3 +156,33 @@ def test_margin_reaches_the_objective(tiny, batch):
     loss = LossFunction(tiny.model, dataclasses.replace(losses.build("simpo"), function=lambda stats, **_: (stats.margin, {})))
     value, _ = quick_jit(loss)(tiny.params, {}, None, dataclasses.replace(batch, margin=jnp.arange(4.0)), jax.random.key(0))
     assert value == 1.5
+
+
+@pytest.mark.slow
+def test_steps_on_a_mesh_keep_their_shardings_and_compile_once(tiny):
+    """Two parts of four rows over data x fsdp = 4, heads and key/value heads over tensor = 2; AdamW, as in a run."""
+    mesh = make_mesh(2, 2, 2)
+    eight = batch_of([dataclasses.replace(r, id=f"{r.id} {half}") for half in range(2) for r in MIXED], tiny.processor)
+    config = OptimizerConfig(learning_rate=1e-3, schedule="constant", weight_decay=0.1)
+    loss = LossFunction(tiny.model, losses.build("dpo"))
+    step = make_train_step(loss, make_optimizer(config, 10), make_schedule(config, 10))
+    placed = to_device(jax.device_get(parts(eight, 2)), mesh)
+    reference, _ = split_params(tiny.sharded(mesh), ("vision_tower",))
+    with jax.set_mesh(mesh):
+        state = init_state(*split_params(tiny.sharded(mesh), ("vision_tower",)), make_optimizer(config, 10), seed=0)
+        shardings = jax.tree.map(lambda x: x.sharding, (state.params, state.frozen))
+        moments = state.opt_state[1][0].mu["decoder"]["layers"]["attention"]["query"]["kernel"]
+        assert moments.sharding.spec == shardings[0]["decoder"]["layers"]["attention"]["query"]["kernel"].spec
+        seen = []
+        for _ in range(3):
+            state, metrics = step(state, reference, placed)
+            seen.append(float(metrics["loss"]))
+    assert step._cache_size() == 1
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, (state.params, state.frozen), shardings))
+    np.testing.assert_allclose(seen[0], LOG2, rtol=1e-6)
+    assert seen[2] < seen[1] < seen[0]
+
+
+def test_a_batch_that_does_not_split_over_the_mesh_is_refused(tiny, batch):
+    with pytest.raises(ValueError, match="divisible"):
+        to_device(jax.device_get(parts(batch)), make_mesh(8, 1, 1))
