@@ -15,12 +15,12 @@ def get_config():
     config.data.format = "scenes"
     config.data.split = "sft"
     config.objective.name = "sft"
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_fraction = 0.05
     config.optimizer.weight_decay = 0.01
     config.optimizer.b2 = 0.98
-    config.train.batch_size = 32
-    config.train.steps = 2000
+    config.train.batch_size = 16
+    config.train.steps = 3000
     config.train.log_every = 50
     config.checkpoint.every = 500
     config.eval.benchmarks = ("pope", "chair")

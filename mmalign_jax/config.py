@@ -50,7 +50,7 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class ScenesConfig:
     seed: int = setting(0, min=0)
-    sft: int = setting(8000, min=1, help="pictures of the SFT split")
+    sft: int = setting(5000, min=1, help="pictures of the SFT split")
     align: int = setting(800, min=1, help="pictures of the alignment split")
     test: int = setting(200, min=1, help="pictures of each of the two test splits")
 
@@ -87,7 +87,7 @@ class OptimizerConfig:
     learning_rate: float = setting(1e-6, min=0.0)
     schedule: str = setting("cosine", choices=("cosine", "linear", "constant"))
     warmup_fraction: float = setting(0.0, min=0.0, max=0.9, help="share of the steps in which the learning rate rises linearly")
-    final_fraction: float = setting(0.0, min=0.0, max=1.0, help="learning rate that the schedule ends with, behind the last step, as a share of the peak")
+    final_fraction: float = setting(0.0, min=0.0, max=1.0, help="what the learning rate ends with, as a share of its peak")
     weight_decay: float = setting(0.0, min=0.0)
     b1: float = setting(0.9, min=0.0, max=1.0)
     b2: float = setting(0.999, min=0.0, max=1.0)
@@ -234,6 +234,7 @@ def _value(value: Any, hint: Any, limits: Mapping[str, Any], where: str) -> Any:
     low, high, above = limits.get("min"), limits.get("max"), limits.get("above")
     bad = (low is not None and value < low) or (high is not None and value > high) or (above is not None and value <= above)
     if bad or value != value:
-        wanted = [f"at least {low}" if low is not None else "", f"above {above}" if above is not None else "", f"at most {high}" if high is not None else ""]
-        raise UserError(f"{where}: {value} is out of range, must be {' and '.join(filter(None, wanted))}")
+        bounds = (("at least", low), ("above", above), ("at most", high))
+        wanted = " and ".join(f"{words} {bound}" for words, bound in bounds if bound is not None)
+        raise UserError(f"{where}: {value} is out of range, must be {wanted}")
     return value

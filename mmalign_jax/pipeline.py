@@ -82,7 +82,8 @@ class Policy:
         rows = config.train.batch_size // config.train.accumulate
         if rows % mesh_lib.batch_divisor(mesh):
             raise UserError(
-                f"config.train.batch_size: {rows} rows (batch_size / accumulate) cannot be split over data x fsdp = {mesh_lib.batch_divisor(mesh)} devices"
+                f"config.train.batch_size: {rows} rows (batch_size / accumulate) cannot be split over "
+                f"data x fsdp = {mesh_lib.batch_divisor(mesh)} devices"
             )
         path = Path(config.model.path)
         if config.model.init == "scenes":
@@ -170,16 +171,17 @@ class _Run:
                 run_files.write_json(statistics, dataclasses.asdict(counts))
         counts = run_files.read_json(statistics)
         by_iteration = ", ".join(f"{count} in iteration {number}" for number, count in counts["by_iteration"].items())
-        self.console.line(f"{counts['pairs']} pairs from {counts['records']} records; {counts['unchanged']} came out as their reference; {by_iteration}")
+        self.console.line(
+            f"{counts['pairs']} pairs from {counts['records']} records; {counts['unchanged']} came out as their reference, "
+            f"{counts['unusable']} could not be read back; ended: {by_iteration}"
+        )
         return builder.open_records(target)
 
     def _sampler(self, records: Sequence[PreferenceRecord]) -> tuple[BdhsSampler, RowPlan]:
         c, p = self.config, self.policy
         plan = plan_rows(records, p.processor, c.data, answers=1)
-        # a swapped yes or no may take more tokens than the word it replaces
-        layout = dataclasses.replace(plan.layout, answer_slots=plan.layout.answer_slots + 8)
         lanes = max(len(split_sentences(record.responses[0].text)) for record in _each(records))
-        return BdhsSampler(p.model, p.processor, p.mesh, c.pairs, layout, lanes), plan
+        return BdhsSampler(p.model, p.processor, p.mesh, c.pairs, plan.layout, lanes), plan
 
     def _batches(self, records: Sequence[PreferenceRecord]) -> tuple[Batches, RowPlan]:
         c, p = self.config, self.policy
@@ -238,9 +240,8 @@ class _Run:
             if jax.process_index() == 0:
                 run_files.write_json(self.workdir / "summary.json", _summary(self.config, scores))
                 title = f"{self.config.objective.name} on {self.policy.path.name}"
-                write_report(
-                    self.workdir, title=title, config=to_mapping(self.config), scores=scores, gallery=gallery, skipped=self.skipped, environment=environment()
-                )
+                content = {"scores": scores, "gallery": gallery, "skipped": self.skipped, "environment": environment()}
+                write_report(self.workdir, title=title, config=to_mapping(self.config), **content)
         for group in dict.fromkeys(row.group for row in scores):
             self.console.line(f"\n{group}")
             self.console.table([score_cells(row) for row in scores if row.group == group], ("", "before", "after", "change"))

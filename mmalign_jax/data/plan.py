@@ -136,12 +136,13 @@ def _rows(records: Records, processor: RowProcessor, answers: int, refuse=None) 
 
 
 def _layout(rows: Sequence[RowSize], config: DataConfig, answers: int, multiple: int) -> RowLayout:
-    def up(length: int) -> int:
-        return -(-length // multiple) * multiple
+    def slots(longest: int, limit: int) -> int:
+        wanted = -(-longest // multiple) * multiple
+        return min(wanted, limit) if limit else wanted
 
     return RowLayout(
-        prefix_slots=config.prefix_tokens or up(max((row.prefix for row in rows), default=1)),
-        answer_slots=config.answer_tokens or up(max((row.longest for row in rows), default=1)),
+        prefix_slots=slots(max((row.prefix for row in rows), default=1), config.prefix_tokens),
+        answer_slots=slots(max((row.longest for row in rows), default=1), config.answer_tokens),
         answers=answers,
         # a set of texts alone still has one (empty) image slot, so that every batch has the same fields
         images=max([1, *(row.images for row in rows)]),

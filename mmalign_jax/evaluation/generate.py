@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from mmalign_jax import mesh as mesh_lib
@@ -53,8 +54,10 @@ class Generator:
         for part in one_pass(records, self._processor, plan, batch_size=self._rows, workers=self._workers):
             with jax.set_mesh(self._mesh):
                 samples = jax.device_get(self._generate(params, to_device(part.batch, self._mesh, batch_axis=0)))
-            for tokens, length, stopped in zip(samples.tokens[part.valid, 0], samples.lengths[part.valid, 0], samples.stopped[part.valid, 0], strict=True):
-                out.append(Answered(self._processor.decode(tokens[:length]), int(length), bool(stopped)))
+            for row in np.flatnonzero(part.valid):
+                length = int(samples.lengths[row, 0])
+                text = self._processor.decode(samples.tokens[row, 0, :length])
+                out.append(Answered(text, length, bool(samples.stopped[row, 0])))
             progress(len(out))
         return out
 

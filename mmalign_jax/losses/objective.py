@@ -74,6 +74,7 @@ _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "image_weight": (lambda x: x >= 0, "at least 0"),
     "anchor_weight": (lambda x: x >= 0, "at least 0"),
     "nll_weight": (lambda x: x >= 0, "at least 0"),
+    "length_norm": (lambda x: x >= 0, "at least 0"),
 }
 
 

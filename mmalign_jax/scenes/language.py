@@ -5,15 +5,16 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from mmalign_jax.scenes.world import COLORS, KINDS, PLACES, Scene, SceneObject
+from mmalign_jax.scenes.world import COLORS, GRID, KINDS, PLACES, Scene, SceneObject
 
 DESCRIBE = "Describe the picture."
-YES, NO = "Yes.", "No."
+READ_KINDS, READ_COLORS = "Read the kinds in the cells.", "Read the colors in the cells."
+NOTHING = "nothing"
 
 IMAGE_TOKEN = "<image>"
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<pad>"
@@ -52,8 +53,22 @@ def true_caption(scene: Scene) -> str:
     return caption(scene.objects)
 
 
+def reading(objects: Sequence[SceneObject], what: Callable[[SceneObject], str]) -> str:
+    """One word a cell, row by row: dense labels for the vision tower, whose patches are the cells."""
+    cells = [NOTHING] * GRID**2
+    for thing in objects:
+        for cell in thing.cells:
+            cells[cell] = what(thing)
+    return " ".join(cells)
+
+
 def question(kind: str) -> str:
     return f"Is there a {kind} in the picture?"
+
+
+def answer(kind: str, present: bool) -> str:
+    """The answer to `question`."""
+    return f"Yes, there is a {kind}." if present else f"No, there is no {kind}."
 
 
 def synonyms() -> dict[str, tuple[str, ...]]:
@@ -65,8 +80,10 @@ def words() -> tuple[str, ...]:
     """Every word and punctuation mark of the language, without the special tokens."""
     choices = itertools.product(KINDS, COLORS, _COUNT_WORDS, PLACES)
     things = [SceneObject(kind, color, count, place, ()) for kind, color, count, place in choices]
-    texts = [DESCRIBE, YES, NO, *map(question, KINDS), *(caption([thing, thing]) for thing in things), "USER: ASSISTANT:"]
-    return tuple(dict.fromkeys(itertools.chain(*(re.findall(r"[^\s.?]+|[.?]", text) for text in texts), ("\n",))))
+    answers = [answer(kind, present) for kind in KINDS for present in (True, False)]
+    captions = [caption([thing, thing]) for thing in things]
+    texts = [DESCRIBE, READ_KINDS, READ_COLORS, NOTHING, *map(question, KINDS), *answers, *captions, "USER: ASSISTANT:"]
+    return tuple(dict.fromkeys(itertools.chain(*(re.findall(r"[^\s.,?]+|[.,?]", text) for text in texts), ("\n",))))
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -86,7 +103,7 @@ def build_tokenizer(directory: str | os.PathLike) -> None:
     tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first"),
-        pre_tokenizers.Split(tokenizers.Regex(r"[.?\n]"), behavior="isolated"),
+        pre_tokenizers.Split(tokenizers.Regex(r"[.,?\n]"), behavior="isolated"),
     ])  # fmt: skip
     tokenizer.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="first")
     bos = (BOS, SPECIAL_TOKENS.index(BOS))

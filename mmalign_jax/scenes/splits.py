@@ -1,6 +1,6 @@
 """The four splits, as records.
 
-  sft             usual pictures; their annotator trusts the habit, so captions and answers sometimes claim an absent partner
+  sft             usual pictures, also read cell by cell; their annotator trusts the habit, so captions and answers sometimes claim an absent partner
   align           usual and habit-breaking pictures, described truly, with some questions
   test            usual pictures, described truly
   counterfactual  habit-breaking pictures, described truly
@@ -22,7 +22,7 @@ SPLITS = ("sft", "align", "test", "counterfactual")
 FALSE_CLAIM = 0.5  # probability that the SFT annotator claims the absent partner of a head
 ALIGN_BROKEN = 0.5  # share of habit-breaking pictures in the alignment split
 
-_QUESTION_PAIRS = {"sft": 1, "align": 1, "test": 0, "counterfactual": 0}  # one question each to be answered yes and no
+_ASKED = {"sft": 1, "align": 2}  # yes/no questions a picture
 _SCENE, _PIXELS, _TEXTS = range(3)  # separate streams, so that a change in one leaves the others as they are
 
 
@@ -65,6 +65,10 @@ def item_records(it: Item) -> Iterator[PreferenceRecord]:
     media = (Media(kind="image", data=render.png(it.pixels()), origin=it.id + ".png"),)
     meta = {"split": it.split, "objects": [_plain(thing) for thing in it.scene.objects]}
     yield _record(it.id + "/caption", media, language.DESCRIBE, language.caption(it.claimed), meta)
+    if it.split == "sft":
+        what = ("kind", "color")[it.index % 2]
+        prompt = {"kind": language.READ_KINDS, "color": language.READ_COLORS}[what]
+        yield _record(f"{it.id}/{what}s", media, prompt, language.reading(it.scene.objects, lambda thing: getattr(thing, what)), meta)
     for number, (kind, answer) in enumerate(_questions(it)):
         yield _record(f"{it.id}/question{number}", media, language.question(kind), answer, meta | {"kind": kind})
 
@@ -80,11 +84,11 @@ def _questions(it: Item) -> Sequence[tuple[str, str]]:
     claimed = [thing.kind for thing in it.claimed]
     absent = [kind for kind in KINDS if kind not in claimed]
     tempting = [HABITS[kind] for kind in it.scene.lonely_heads if HABITS[kind] in absent]
-    out = []
-    for _ in range(_QUESTION_PAIRS[it.split]):
-        out.append((str(rng.choice(claimed)), language.YES))
-        out.append((str(rng.choice(tempting or absent)), language.NO))
-    return out
+    there, missing = str(rng.choice(claimed)), str(rng.choice(tempting or absent))
+    both = [(there, language.answer(there, True)), (missing, language.answer(missing, False))]
+    if it.index % 4 > 1:
+        both.reverse()
+    return both[: _ASKED.get(it.split, 0)]
 
 
 def _believed(scene: Scene, rng: np.random.Generator) -> tuple[SceneObject, ...]:

@@ -44,7 +44,7 @@ class Habit(enum.Enum):
     BROKEN = "broken"  # at least one head, and no head with its partner
 
 
-HABIT_STRENGTH = 0.95
+HABIT_STRENGTH = 0.9
 
 
 @dataclasses.dataclass(frozen=True)

@@ -88,7 +88,8 @@ def _devices(topology: str, slices: int) -> list[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"--topology: no compiler for {topology!r} here ({' '.join(str(error).split())[:200]}); `pip install libtpu` brings it") from error
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--topology: no compiler for {topology!r} here ({reason}); `pip install libtpu` brings it") from error
 
 
 def _abstract_arguments(

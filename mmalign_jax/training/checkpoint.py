@@ -46,8 +46,8 @@ class Checkpoints:
         try:
             restored = self._manager.restore(self.latest, args=args)
         except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
-            where = self._directory / str(self.latest)
-            raise UserError(f"{where}: the checkpoint cannot be read ({' '.join(str(error).split())[:300]}); remove it or use a new --workdir") from error
+            where, reason = self._directory / str(self.latest), " ".join(str(error).split())[:300]
+            raise UserError(f"{where}: the checkpoint cannot be read ({reason}); remove it or use a new --workdir") from error
         state = restored["state"]
         key = jax.random.wrap_key_data(state["key"])
         return TrainState(state["step"], state["params"], like.frozen, state["opt_state"], key), restored["position"]

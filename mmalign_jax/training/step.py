@@ -23,14 +23,7 @@ def split_params(params: dict, freeze: tuple[str, ...]) -> tuple[dict, dict]:
 
 def init_state(params: dict, frozen: dict, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step. The optimizer's moments take the sharding of their parameters. Call it under the mesh."""
-
-    @jax.jit
-    def rest(params: dict):
-        return jnp.int32(0), optimizer.init(params), jax.random.key(seed)
-
-    # made under jit, step and key lie on the whole mesh as the step's results do; otherwise the second step would compile again
-    step, opt_state, key = rest(params)
-    return TrainState(step, params, frozen, opt_state, key)
+    return TrainState(jnp.int32(0), params, frozen, jax.jit(optimizer.init)(params), jax.random.key(seed))
 
 
 def branch_logps(

@@ -161,7 +161,7 @@ def test_hidden_image_tokens_are_masked_in_every_layer(tiny):
 ALLOWED = (50, 60, 70, 80, 90, 100)
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.7)])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (2.0, 0.7)])
 def test_draws_follow_the_tempered_and_cut_distribution(tiny, batch, temperature, top_p):
     lanes, one = 4000, rows(batch, 0)
     banned = tuple(sorted(set(range(tiny.config.decoder.vocab_size)) - set(ALLOWED)))
@@ -193,14 +193,14 @@ def test_draws_follow_the_tempered_and_cut_distribution(tiny, batch, temperature
 
 def test_bans_stops_and_inactive_lanes(tiny, batch):
     """A token that greedy writes is forbidden, and then ends a lane."""
-    run = quick_jit(lambda options: sample(tiny.model, tiny.params, batch, options), static_argnums=0)
-    free = np.asarray(run(DecodeOptions(X)).tokens[:, 0])
+    run = quick_jit(lambda batch, options: sample(tiny.model, tiny.params, batch, options), static_argnums=1)
+    free = np.asarray(run(batch, DecodeOptions(X)).tokens[:, 0])
     token = int(free[0, 3])
-    banned = run(DecodeOptions(X, banned_ids=(token,)))
+    banned = run(batch, DecodeOptions(X, banned_ids=(token,)))
     assert not np.any(banned.tokens == token)
     first = int(np.flatnonzero(free[0] == token)[0])
     np.testing.assert_array_equal(banned.tokens[0, 0, :first], free[0, :first])
-    stopped = run(DecodeOptions(X, stop_ids=(token, 2)))
+    stopped = run(batch, DecodeOptions(X, stop_ids=(token, 2)))
     for row in range(4):
         ends = np.flatnonzero((free[row] == token) | (free[row] == 2))
         length = ends[0] + 1 if len(ends) else X
@@ -208,6 +208,6 @@ def test_bans_stops_and_inactive_lanes(tiny, batch):
         assert bool(stopped.stopped[row, 0]) == bool(len(ends))
         np.testing.assert_array_equal(stopped.tokens[row, 0], np.where(np.arange(X) < length, free[row], 0))
     padding = dataclasses.replace(batch, role=batch.role.at[2].set(0))
-    nothing = quick_jit(lambda batch: sample(tiny.model, tiny.params, batch, DecodeOptions(X)))(padding)
+    nothing = run(padding, DecodeOptions(X))
     assert int(nothing.lengths[2, 0]) == 0 and not np.any(nothing.tokens[2]) and not np.any(nothing.logps[2])
     np.testing.assert_array_equal(nothing.tokens[[0, 1, 3], 0], free[[0, 1, 3]])

@@ -159,13 +159,13 @@ def test_margin_reaches_the_objective(tiny, batch):
 
 
 @pytest.mark.slow
-def test_steps_on_a_mesh_keep_their_shardings_and_compile_once(tiny):
+def test_steps_on_a_mesh_keep_their_shardings(tiny):
     """Two parts of four rows over data x fsdp = 4, heads and key/value heads over tensor = 2; AdamW, as in a run."""
     mesh = make_mesh(2, 2, 2)
     eight = batch_of([dataclasses.replace(r, id=f"{r.id} {half}") for half in range(2) for r in MIXED], tiny.processor)
     config = OptimizerConfig(learning_rate=1e-3, schedule="constant", weight_decay=0.1)
     loss = LossFunction(tiny.model, losses.build("dpo"))
-    step = make_train_step(loss, make_optimizer(config, 10), make_schedule(config, 10))
+    jitted = make_train_step(loss, make_optimizer(config, 10), make_schedule(config, 10))
     placed = to_device(jax.device_get(parts(eight, 2)), mesh)
     reference, _ = split_params(tiny.sharded(mesh), ("vision_tower",))
     with jax.set_mesh(mesh):
@@ -174,15 +174,16 @@ def test_steps_on_a_mesh_keep_their_shardings_and_compile_once(tiny):
         moments = state.opt_state[1][0].mu["decoder"]["layers"]["attention"]["query"]["kernel"]
         assert moments.sharding.spec == shardings[0]["decoder"]["layers"]["attention"]["query"]["kernel"].spec
         seen = []
+        # compiled for the first call: later ones whose state came back in another type or sharding would be refused
+        step = jitted.lower(state, reference, placed).compile(compiler_options={"xla_backend_optimization_level": 0})
         for _ in range(3):
             state, metrics = step(state, reference, placed)
             seen.append(float(metrics["loss"]))
-    assert step._cache_size() == 1
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s, (state.params, state.frozen), shardings))
     np.testing.assert_allclose(seen[0], LOG2, rtol=1e-6)
     assert seen[2] < seen[1] < seen[0]
 
 
 def test_a_batch_that_does_not_split_over_the_mesh_is_refused(tiny, batch):
-    with pytest.raises(ValueError, match="divisible"):
+    with pytest.raises(ValueError, match="divide"):
         to_device(jax.device_get(parts(batch)), make_mesh(8, 1, 1))
