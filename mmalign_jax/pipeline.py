@@ -121,8 +121,8 @@ class _Run:
         self.generator = Generator(self.policy.model, self.policy.processor, self.policy.mesh, **options)
 
     def __call__(self) -> int:
-        records = self._records()
         tests = self._tests()
+        records = self._records()
         before = self._measure("before", tests) if self.config.eval.before else None
         pairs = self._offline_pairs(records)
         batches, plan = self._batches(records if pairs is None else pairs)
@@ -133,7 +133,8 @@ class _Run:
         after = self._measure("after", tests, trained.params)
         if self.config.export.enabled:
             with self.console.phase("Exporting to Hugging Face"):
-                out = export(trained.params, self.policy.path, self.workdir / "export", dtype=self.config.export.dtype)
+                changed = {part: tree for part, tree in trained.params.items() if part not in self.config.model.freeze}
+                out = export(changed, self.policy.path, self.workdir / "export", dtype=self.config.export.dtype)
             self.console.line(f"Exported to {out}")
         self._report(before, after, pairs, trained.params)
         return 0
@@ -160,21 +161,26 @@ class _Run:
         target, statistics = self.workdir / "pairs", self.workdir / "pairs.json"
         if not (target.exists() and statistics.exists()):
             with self.console.phase(f"Making rejected answers for {len(records)} records (BDHS)") as progress:
-                sampler, _ = self._sampler(records)
+                sampler, plan = self._sampler(records)
+                fitting = [int(index) for index, _ in plan.items]
                 with jax.set_mesh(self.policy.mesh):
                     params = self.policy.params(self.policy.model.dtype)
-                made, counts = sample_pairs(sampler, params, _each(records), c, lambda done: progress(done, len(records)))
+                made, counts = sample_pairs(sampler, params, map(records.__getitem__, fitting), c, lambda done: progress(done, len(fitting)))
                 if not made:
                     raise UserError("config.pairs: BDHS made no pair: every rejected answer equals its reference; raise rho_th or the temperature")
                 identity = json.dumps([to_mapping(self.config)["pairs"], records.prepared.fingerprint, str(self.policy.path)])
                 builder.prepare(self.config.data, Source("BDHS", identity, lambda: iter(made)), target)
-                run_files.write_json(statistics, dataclasses.asdict(counts))
+                left_out = [dataclasses.asdict(row) for row in plan.left_out]
+                run_files.write_json(statistics, {**dataclasses.asdict(counts), "left_out": left_out})
         counts = run_files.read_json(statistics)
+        self.skipped += [SkippedRow("records", row["record_id"], f"{row['policy']}: {row['problem']}") for row in counts["left_out"]]
         by_iteration = ", ".join(f"{count} in iteration {number}" for number, count in counts["by_iteration"].items())
         self.console.line(
             f"{counts['pairs']} pairs from {counts['records']} records; {counts['unchanged']} came out as their reference, "
             f"{counts['unusable']} could not be read back; ended: {by_iteration}"
         )
+        if counts["left_out"]:
+            self.console.line(f"{len(counts['left_out'])} records left out before that, listed in the report")
         return builder.open_records(target)
 
     def _sampler(self, records: Sequence[PreferenceRecord]) -> tuple[BdhsSampler, RowPlan]:
@@ -291,9 +297,9 @@ def export_step(workdir: Path, step: int | None, out: Path) -> Path:
         raise UserError(f"--workdir: {workdir} holds no run (no config.json)")
     config = from_mapping(run_files.read_json(workdir / "config.json"))
     policy = Policy.load(config, workdir, Console(enabled=False))
-    params, frozen = split_params(policy.params(), config.model.freeze)
+    params, _ = split_params(policy.params(), config.model.freeze)
     trained = restore_params(workdir / "checkpoints", step, params)
-    return export({**trained, **frozen}, policy.path, out, dtype=config.export.dtype)
+    return export(trained, policy.path, out, dtype=config.export.dtype)
 
 
 def scenes_source(config: Config, split: str) -> Source:

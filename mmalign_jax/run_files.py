@@ -10,17 +10,22 @@ from mmalign_jax.errors import UserError
 
 # Settings that may change between a run and its continuation: they do not change what is computed
 _MAY_CHANGE = ("mesh", "report", "checkpoint", "export", "data.workers", "data.cache", "train.log_every", "eval.batch_size", "pairs.batch_size")
+# What a run computes. Prepared data is not among it: it knows by itself what it was made from
+_COMPUTED = ("initial_model", "pairs", "eval", "metrics.jsonl", "checkpoints", "export")
 
 
 def claim(config: Config, workdir: Path) -> bool:
     """Writes `config.json`, or compares it with the one of the run that is there. Returns whether there was one.
+
+    A run that has computed nothing yet, because a mistake in its settings or data stopped it, gives way: the mistake can be mended in
+    the same directory.
 
     Raises:
       UserError: the directory holds a run with other settings; the message names them.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     file, now = workdir / "config.json", json.loads(json.dumps(to_mapping(config)))
-    found = file.exists()
+    found = file.exists() and any((workdir / name).exists() for name in _COMPUTED)
     if found:
         before = read_json(file)
         differing = [

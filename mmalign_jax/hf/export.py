@@ -35,7 +35,8 @@ def export(
     of it is on disk. In a run of several processes all of them must call this; the first one writes.
 
     Args:
-      params: the tree of `import_.load_params`, on any sharding and in any floating type, or of numpy arrays.
+      params: the tree of `import_.load_params`, on any sharding and in any floating type, or of numpy arrays. Parts (vision_tower, projector,
+        decoder) that are left out are copied from the base, byte for byte.
       base: the directory that the parameters came from.
       out: missing, empty, or an earlier export, which is replaced.
       dtype: "base", "float32", "bfloat16" or "float16".
@@ -77,6 +78,8 @@ def _plan(params: Mapping[str, Any], config: LlavaConfig, base: pathlib.Path, dt
     found = match(open_weights(base), config, base)
     planned = []
     for entry in names.entries(config):
+        if entry.path[0] not in params:
+            continue  # a part that did not train is copied below
         leaf = names.leaf_at(params, entry.path)
         if tuple(leaf.shape) != entry.leaf_shape:
             raise UserError(f"parameter {'/'.join(entry.path)} has shape {tuple(leaf.shape)}, the base model asks for {entry.leaf_shape}")

@@ -22,14 +22,15 @@ PHOTOGRAPHS = {
     "camera": ("What does the man do?", "He looks through a camera on a tripod.", "He plays the piano."),
     "coins": ("How many coins are there?", "There are 24 coins in four rows.", "There is one coin."),
     "retina": ("What is this?", "The retina of an eye.", "A picture of the sun over the sea."),
-    "ihc": ("Is this a drawing?", "No, it is tissue under a microscope.", "Yes, it is a drawing of a flower."),
+    "immunohistochemistry": ("Is this a drawing?", "No, it is tissue under a microscope.", "Yes, it is a drawing of a flower."),
 }
 
 
-def jpeg(name):
+def jpeg(name, side):
+    """The photograph as JPEG bytes, its longer side shrunk to `side`, and its size."""
     out = io.BytesIO()
     picture = Image.fromarray(getattr(data, name)())
-    picture.thumbnail((360, 360))
+    picture.thumbnail((side, side))
     picture.save(out, "JPEG", quality=90)
     return out.getvalue(), picture.size
 
@@ -38,19 +39,19 @@ def photographs(path):
     """One row a photograph; their sizes, shapes and colour modes differ."""
     rows, sizes = [], set()
     for number, (name, (question, chosen, rejected)) in enumerate(PHOTOGRAPHS.items()):
-        encoded, size = jpeg(name)
+        encoded, size = jpeg(name, 200 + 40 * number)
         image = {"bytes": encoded, "path": f"{name}.jpg"}
         rows.append(rlaif_row(number, image=image, question=question, chosen=chosen, rejected=rejected, image_path=f"{name}.jpg"))
         sizes.add(size)
-    assert len(sizes) >= 6
+    assert len(sizes) == len(PHOTOGRAPHS)
     return write_parquet(path, rows)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    # as the published checkpoints are stored: float16, several shards
+    # float32: five steps at a learning rate of 5e-7 are lost in float16's rounding, in which the export would be written
     sizes = {"vision": {"image_size": 42, "patch_size": 14}, "text": {"num_hidden_layers": 1}}
-    return tiny_llava(tmp_path_factory.mktemp("llava"), dtype="float32", shards=2, **sizes)
+    return tiny_llava(tmp_path_factory.mktemp("llava"), shards=2, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_the_directory_holds_everything(run, base):
     assert "Loss" in report and "Traceback" not in report
     count = len(PHOTOGRAPHS)
     assert f"{count} records of {count} rows" in done.stdout and f"{count} of {count} rows" in done.stdout
-    assert "'<s> USER: <image>" in done.stdout.replace("<s>USER", "<s> USER") or "USER: <image>" in done.stdout
+    assert "USER: <image>" in done.stdout and "9 image tokens" in done.stdout
     assert done.stderr == ""
 
 
