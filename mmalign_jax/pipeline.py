@@ -17,7 +17,7 @@ from mmalign_jax.data import builder
 from mmalign_jax.data.device import process_slice
 from mmalign_jax.data.images import decode_image
 from mmalign_jax.data.loader import Loader, make_loader
-from mmalign_jax.data.plan import RowPlan, plan_rows
+from mmalign_jax.data.plan import Records, RowPlan, plan_rows
 from mmalign_jax.data.sources.source import Source
 from mmalign_jax.errors import UserError
 from mmalign_jax.evaluation import world
@@ -139,7 +139,7 @@ class _Run:
         self._report(before, after, pairs, trained.params)
         return 0
 
-    def _records(self) -> Sequence[PreferenceRecord]:
+    def _records(self) -> builder.RecordSource:
         """The checked records of the data set: opened, rendered or imported."""
         c, target = self.config, Path(self.config.data.cache or self.workdir / "data")
         with self.console.phase("Preparing data") as progress:
@@ -153,7 +153,7 @@ class _Run:
         self.console.line(f"{prepared.count} records of {prepared.read} rows" + (f"; skipped: {left_out}" if left_out else ""))
         return builder.open_records(prepared.dir)
 
-    def _offline_pairs(self, records: Sequence[PreferenceRecord]) -> Sequence[PreferenceRecord] | None:
+    def _offline_pairs(self, records: builder.RecordSource) -> builder.RecordSource | None:
         """BDHS pairs for all records, made by the SFT model and kept in WORKDIR/pairs; None when the run makes none before training."""
         c = self.config.pairs
         if c.maker == "none" or c.when == "online":
@@ -183,13 +183,13 @@ class _Run:
             self.console.line(f"{len(counts['left_out'])} records left out before that, listed in the report")
         return builder.open_records(target)
 
-    def _sampler(self, records: Sequence[PreferenceRecord]) -> tuple[BdhsSampler, RowPlan]:
+    def _sampler(self, records: Records) -> tuple[BdhsSampler, RowPlan]:
         c, p = self.config, self.policy
         plan = plan_rows(records, p.processor, c.data, answers=1)
         lanes = max(len(split_sentences(record.responses[0].text)) for record in _each(records))
         return BdhsSampler(p.model, p.processor, p.mesh, c.pairs, plan.layout, lanes), plan
 
-    def _batches(self, records: Sequence[PreferenceRecord]) -> tuple[Batches, RowPlan]:
+    def _batches(self, records: Records) -> tuple[Batches, RowPlan]:
         c, p = self.config, self.policy
         if c.pairs.maker == "bdhs" and c.pairs.when == "online" and self.objective.answers == 2:
             sampler, plan = self._sampler(records)
@@ -200,7 +200,7 @@ class _Run:
         options = {"batch_size": c.train.batch_size, "accumulate": c.train.accumulate, "seed": c.train.seed, "workers": c.data.workers}
         return _Offline(make_loader(records, p.processor, plan, process_index=index, process_count=count, **options)), plan
 
-    def _preflight(self, records: Sequence[PreferenceRecord], plan: RowPlan) -> None:
+    def _preflight(self, records: Records, plan: RowPlan) -> None:
         """Says what the model will see, before any of it is computed."""
         first, layout = records[int(plan.items[0][0])], plan.layout
         self.console.line(f"First prompt, as the model reads it: {self.policy.processor.render(first.turns)!r}")
@@ -239,7 +239,7 @@ class _Run:
 
         return run_files.once(self.workdir / "eval" / f"{when}.json", make)
 
-    def _report(self, before: dict | None, after: dict | None, pairs: Sequence[PreferenceRecord] | None, params: dict) -> None:
+    def _report(self, before: dict | None, after: dict | None, pairs: Records | None, params: dict) -> None:
         scores = world.rows(before, after) if after else []
         with self.console.phase("Writing the report"):
             gallery = self._gallery(pairs, params) if pairs is not None else ()
@@ -253,7 +253,7 @@ class _Run:
             self.console.table([score_cells(row) for row in scores if row.group == group], ("", "before", "after", "change"))
         self.console.line(f"Report: {self.workdir / 'report.html'}")
 
-    def _gallery(self, pairs: Sequence[PreferenceRecord], params: dict) -> tuple[GalleryItem, ...]:
+    def _gallery(self, pairs: Records, params: dict) -> tuple[GalleryItem, ...]:
         """The first pairs with their pictures, and what the model says to the same prompt before and after."""
         chosen, seen = [], set()
         for pair in _each(pairs):
@@ -309,7 +309,7 @@ def scenes_source(config: Config, split: str) -> Source:
     return Source(f"scenes/{split}", identity, lambda: splits.records(config.scenes.seed, split, pictures))
 
 
-def _each(records: Sequence[PreferenceRecord]) -> Iterator[PreferenceRecord]:
+def _each(records: Records) -> Iterator[PreferenceRecord]:
     return (records[index] for index in range(len(records)))
 
 

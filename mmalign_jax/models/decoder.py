@@ -56,7 +56,7 @@ class _Attention(nn.Module):
             slots = jnp.arange(new.key.shape[2])
             tail_mask = slots <= how.index
             if c.sliding_window is not None:
-                tail_mask &= how.index - slots <= c.sliding_window
+                tail_mask &= how.index - slots < c.sliding_window
             mixed = attend_lanes(query, cache.shared.key, cache.shared.value, how.shared_mask, new.key, new.value, tail_mask)
         else:
             mixed = attend(query, new.key, new.value, how)

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -24,6 +24,7 @@ from mmalign_jax.training.step import LossFunction, init_state, make_train_step,
 from mmalign_jax.types import PairBatch, TrainState
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Where steps get their rows: `data.loader.Loader`, or a maker that uses the current policy."""
 

@@ -87,8 +87,15 @@ def test_special_tokens(tokenizer):
 def test_the_vocabulary_is_closed_and_used(tokenizer, exchanges):
     assert len(tokenizer) == len(language.vocabulary()) == len(set(language.vocabulary()))
     assert tokenizer.get_vocab() == {token: number for number, token in enumerate(language.vocabulary())}
-    texts = " ".join(text for exchange in exchanges for text in exchange).replace(".", " .").replace("?", " ?")
+    texts = " ".join(text for exchange in exchanges for text in exchange)
+    for mark in ".,?":
+        texts = texts.replace(mark, f" {mark}")
     assert set(texts.split()) <= set(language.words())
+
+
+def test_answers_by_hand():
+    assert language.question("cup") == "Is there a cup in the picture?"
+    assert language.answer("cup", True) == "Yes, there is a cup." and language.answer("cup", False) == "No, there is no cup."
 
 
 def test_every_name_has_one_kind():

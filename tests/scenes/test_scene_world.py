@@ -105,9 +105,5 @@ def test_kinds_look_different():
         return (patch - patch.mean()) / patch.std()
 
     means = np.stack([np.mean([draw(kind, number) for number in range(12)], axis=0) for kind in KINDS])
-    hits = [
-        np.argmin(((means - draw(kind, number)) ** 2).sum(axis=1)) == place
-        for place, kind in enumerate(KINDS)
-        for number in range(100, 110)
-    ]
+    hits = [np.argmin(((means - draw(kind, number)) ** 2).sum(axis=1)) == place for place, kind in enumerate(KINDS) for number in range(100, 110)]
     assert np.mean(hits) > 0.97
