@@ -44,8 +44,15 @@ def caption(objects: Sequence[SceneObject]) -> str:
 
 
 def _sentence(place: str, things: Sequence[SceneObject]) -> str:
-    named = [f"{_COUNT_WORDS[thing.count]} {thing.color} {thing.kind if thing.count == 1 else KINDS[thing.kind]}" for thing in things]
-    return f"At the {place} there {'is' if things[0].count == 1 else 'are'} {' and '.join(named)}."
+    return f"At the {place} there {_verb(things[0])} {' and '.join(map(_noun, things))}."
+
+
+def _verb(thing: SceneObject) -> str:
+    return "is" if thing.count == 1 else "are"
+
+
+def _noun(thing: SceneObject) -> str:
+    return f"{_COUNT_WORDS[thing.count]} {thing.color} {thing.kind if thing.count == 1 else KINDS[thing.kind]}"
 
 
 def true_caption(scene: Scene) -> str:
@@ -66,9 +73,9 @@ def question(kind: str) -> str:
     return f"Is there a {kind} in the picture?"
 
 
-def answer(kind: str, present: bool) -> str:
-    """The answer to `question`."""
-    return f"Yes, there is a {kind}." if present else f"No, there is no {kind}."
+def answer(kind: str, thing: SceneObject | None) -> str:
+    """The answer to `question`: what there is of the kind, or that there is none."""
+    return f"No, there is no {kind}." if thing is None else f"Yes, there {_verb(thing)} {_noun(thing)}."
 
 
 def synonyms() -> dict[str, tuple[str, ...]]:
@@ -80,7 +87,7 @@ def words() -> tuple[str, ...]:
     """Every word and punctuation mark of the language, without the special tokens."""
     choices = itertools.product(KINDS, COLORS, _COUNT_WORDS, PLACES)
     things = [SceneObject(kind, color, count, place, ()) for kind, color, count, place in choices]
-    answers = [answer(kind, present) for kind in KINDS for present in (True, False)]
+    answers = [answer(thing.kind, shown) for thing in things for shown in (thing, None)]
     captions = [caption([thing, thing]) for thing in things]
     texts = [DESCRIBE, READ_KINDS, READ_COLORS, NOTHING, *map(question, KINDS), *answers, *captions, "USER: ASSISTANT:"]
     return tuple(dict.fromkeys(itertools.chain(*(re.findall(r"[^\s.,?]+|[.,?]", text) for text in texts), ("\n",))))

@@ -84,8 +84,8 @@ def _questions(it: Item) -> Sequence[tuple[str, str]]:
     claimed = [thing.kind for thing in it.claimed]
     absent = [kind for kind in KINDS if kind not in claimed]
     tempting = [HABITS[kind] for kind in it.scene.lonely_heads if HABITS[kind] in absent]
-    there, missing = str(rng.choice(claimed)), str(rng.choice(tempting or absent))
-    both = [(there, language.answer(there, True)), (missing, language.answer(missing, False))]
+    there, missing = it.claimed[int(rng.integers(len(it.claimed)))], str(rng.choice(tempting or absent))
+    both = [(there.kind, language.answer(there.kind, there)), (missing, language.answer(missing, None))]
     if it.index % 4 > 1:
         both.reverse()
     return both[: _ASKED.get(it.split, 0)]

@@ -1,6 +1,7 @@
 """Compiles a config's training step for a TPU topology on any host, and reads the memory it needs. No TPU, no weights, no data."""
 
 import dataclasses
+import importlib.util
 import time
 
 import jax
@@ -88,8 +89,9 @@ def _devices(topology: str, slices: int) -> list[jax.Device]:
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices).devices
     except (ValueError, RuntimeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--topology: no compiler for {topology!r} here ({reason}); `pip install libtpu` brings it") from error
+        found = " ".join(str(error).split())[:200]
+        mend = "give a chip and its grid, such as v5e:8x8" if importlib.util.find_spec("libtpu") else "`pip install libtpu` brings the compiler"
+        raise UserError(f"--topology: cannot compile for {topology!r} here ({found}); {mend}") from error
 
 
 def _abstract_arguments(

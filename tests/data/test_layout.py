@@ -162,6 +162,13 @@ def test_policies_for_long_rows():
         planned(prefix_tokens=2, on_long_row="drop")
 
 
+def test_a_limit_is_no_size():
+    plan = planned([record(prompt="12", chosen="123", rejected="1234567")], prefix_tokens=704, answer_tokens=352)
+    assert (plan.layout.prefix_slots, plan.layout.answer_slots) == (8, 8)
+    plan = planned(prefix_tokens=30, answer_tokens=12, on_long_row="drop")
+    assert (plan.layout.prefix_slots, plan.layout.answer_slots, plan.counts["dropped_long"]) == (30, 12, 2)
+
+
 def test_padding_is_known():
     plan = planned([record(prompt="12", chosen="123", rejected="1234567")], prefix_tokens=8, answer_tokens=8)
     assert plan.padding_fraction == pytest.approx(1 - (6 + 4 + 8) / 24)

@@ -1,0 +1,96 @@
+"""Training steps compiled for TPU slices on a host without a TPU."""
+
+import json
+
+import pytest
+from helpers.checkpoints import tiny_llava
+from helpers.commands import ROOT, launch
+
+from mmalign_jax import config, config_files
+from mmalign_jax.errors import UserError
+from mmalign_jax.hf.import_ import read_config
+from mmalign_jax.training import aot
+from mmalign_jax.training.aot import compile_step
+
+# libtpu lends its compiler only: it must not look for a TPU, and other test processes may hold it too
+QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+# names that people script against
+KEYS = {"hbm_bytes_per_device", "hbm_limit_bytes", "fits", "argument_bytes", "temp_bytes", "aliased_bytes", "state_bytes", "compile_s"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_tpu():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in QUIET.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory):
+    """Widths of whole TPU tiles, so that the compiler pads next to nothing and bytes can be compared."""
+    text = {"hidden_size": 128, "intermediate_size": 256, "vocab_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
+    vision = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 1}
+    return read_config(tiny_llava(tmp_path_factory.mktemp("model"), text=text, vision=vision))
+
+
+def settings(**changes):
+    values = {"train.batch_size": 16, "data.prefix_tokens": 32, "data.answer_tokens": 16, "model.remat": "full", **changes}
+    return config.from_mapping(config_files.load(ROOT / "configs" / "base.py", values))
+
+
+def check(report):
+    """What must hold of every report of bytes a device."""
+    assert report.hbm_bytes_per_device == pytest.approx(report.argument_bytes + report.temp_bytes, rel=0.01)
+    assert report.fits == (report.hbm_bytes_per_device <= report.hbm_limit_bytes)
+    assert report.aliased_bytes >= report.state_bytes > 0  # the new state takes the place of the old one, all of it
+    assert report.argument_bytes >= report.state_bytes
+
+
+@pytest.mark.slow
+def test_the_7b_step_fits_a_v5e_64():
+    words = ["--config", "configs/llava15_7b_dpo.py", "--topology", "v5e:8x8", "--json"]
+    done = launch("launch/aot_check.py", *words, timeout=600, quick=False, **QUIET)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() >= KEYS
+    report = aot.AotReport(**found)
+    check(report)
+    assert (report.topology, report.devices) == ("v5e:8x8", 64)
+    assert report.fits and report.hbm_bytes_per_device <= 16e9
+    # 6.7e9 parameters train in float32 with a float32 and a bfloat16 moment, over 64 devices
+    assert report.state_bytes == pytest.approx(6.76e9 * (4 + 4 + 2) / 64 + 0.3e9 * 2 / 64, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def replicated(sizes):
+    return compile_step(settings(**{"mesh.data": 8, "mesh.fsdp": 1}), sizes, "v5e:2x4")
+
+
+def test_the_whole_state_is_donated(replicated):
+    check(replicated)
+    assert (replicated.topology, replicated.devices, replicated.prefix_slots, replicated.answer_slots) == ("v5e:2x4", 8, 32, 16)
+    assert replicated.fits and replicated.hbm_limit_bytes == 16 * 2**30
+    # little padding: one moment that is not given away would show
+    assert replicated.aliased_bytes < 1.2 * replicated.state_bytes
+
+
+def test_the_state_is_sharded_and_the_first_moment_may_be_small(replicated, sizes):
+    sharded = compile_step(settings(**{"optimizer.moment_dtype": "bfloat16"}), sizes, "v5e:2x4", slices=1)
+    check(sharded)
+    # trainable parameters and two moments in float32 there, 4 + 4 + 2 bytes on an eighth here; norms are small, and the frozen tower is sharded too
+    assert replicated.state_bytes / sharded.state_bytes == pytest.approx(8 * 12 / 10, rel=0.1)
+    assert sharded.argument_bytes < replicated.argument_bytes / 2
+
+
+@pytest.mark.parametrize("topology, message", [("h100:8", "is not known; give a chip and its grid"), ("v5e:3x7x2", "such as v5e:8x8")])
+def test_an_unknown_topology_is_named(sizes, topology, message):
+    with pytest.raises(UserError, match=f"--topology: .*{topology}") as caught:
+        compile_step(settings(), sizes, topology)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mesh_that_the_topology_does_not_have(sizes):
+    with pytest.raises(UserError, match="config.mesh: .* does not multiply to the 8 devices"):
+        compile_step(settings(**{"mesh.data": 3, "mesh.fsdp": 5}), sizes, "v5e:2x4")
