@@ -136,7 +136,7 @@ class _Run:
                 changed = {part: tree for part, tree in trained.params.items() if part not in self.config.model.freeze}
                 out = export(changed, self.policy.path, self.workdir / "export", dtype=self.config.export.dtype)
             self.console.line(f"Exported to {out}")
-        self._report(before, after, pairs, trained.params)
+        self._report(before, after, records if pairs is None else pairs, trained.params)
         return 0
 
     def _records(self) -> builder.RecordSource:
@@ -239,10 +239,10 @@ class _Run:
 
         return run_files.once(self.workdir / "eval" / f"{when}.json", make)
 
-    def _report(self, before: dict | None, after: dict | None, pairs: Records | None, params: dict) -> None:
+    def _report(self, before: dict | None, after: dict | None, records: Records, params: dict) -> None:
         scores = world.rows(before, after) if after else []
         with self.console.phase("Writing the report"):
-            gallery = self._gallery(pairs, params) if pairs is not None else ()
+            gallery = self._gallery(records, params)
             if jax.process_index() == 0:
                 run_files.write_json(self.workdir / "summary.json", _summary(self.config, scores))
                 title = f"{self.config.objective.name} on {self.policy.path.name}"
@@ -253,18 +253,21 @@ class _Run:
             self.console.table([score_cells(row) for row in scores if row.group == group], ("", "before", "after", "change"))
         self.console.line(f"Report: {self.workdir / 'report.html'}")
 
-    def _gallery(self, pairs: Records, params: dict) -> tuple[GalleryItem, ...]:
-        """The first pairs with their pictures, and what the model says to the same prompt before and after."""
-        chosen, seen = [], set()
-        for pair in _each(pairs):
-            picture = pair.media[0].origin if pair.media else pair.id
-            if len(chosen) < self.config.report.gallery and picture not in seen and not pair.prefix:
-                chosen.append(pair)
-                seen.add(picture)
+    def _gallery(self, records: Records, params: dict) -> tuple[GalleryItem, ...]:
+        """The first pairs with their pictures, and what the model says to the same prompt before and after. Generation runs in one process."""
+        chosen: dict[str, PreferenceRecord] = {}
+        if jax.process_count() == 1:
+            for record in _each(records):
+                if len(chosen) == self.config.report.gallery:
+                    break
+                if record.prefs and not record.prefix:
+                    chosen.setdefault((record.media[0].origin if record.media else "") or record.id, record)
+        if not chosen:
+            return ()
         with jax.set_mesh(self.policy.mesh):
-            before = self.generator(self.policy.params(), chosen)
-            after = self.generator(params, chosen)
-        return tuple(self._item(*one) for one in zip(chosen, before, after, strict=True))
+            before = self.generator(self.policy.params(), tuple(chosen.values()))
+            after = self.generator(params, tuple(chosen.values()))
+        return tuple(self._item(*one) for one in zip(chosen.values(), before, after, strict=True))
 
     def _item(self, record: PreferenceRecord, before: Answered, after: Answered) -> GalleryItem:
         truth = world.objects_of(record) if "objects" in record.meta else None

@@ -34,7 +34,7 @@ def test_it_is_small():
 
 def test_it_sees_what_usual_pictures_show(scores):
     assert scores["test"]["chair"]["recall"]["value"] >= 0.9
-    assert scores["test"]["pope"]["mean"]["accuracy"]["value"] >= 0.7
+    assert scores["test"]["pope"]["mean"]["accuracy"]["value"] >= 0.6
 
 
 def test_it_hallucinates_where_the_habit_is_broken(scores):
