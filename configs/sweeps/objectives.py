@@ -3,14 +3,14 @@
     python launch/sweep.py --config configs/sweeps/objectives.py --run && python launch/table.py --runs runs/sweeps/objectives
 """
 
-base = "../quickstart.py"
+base = "../recipes/world.py"
 
 METHODS = (
-    {"objective.name": "dpo", "objective.nll_weight": 0.0},
-    {"objective.name": "mdpo", "objective.nll_weight": 0.0},
-    {"objective.name": "simpo", "objective.nll_weight": 0.0, "objective.beta": 2.0},
+    {"objective.name": "dpo"},
+    {"objective.name": "mdpo"},
+    {"objective.name": "simpo"},
     {"objective.name": "dpo", "objective.nll_weight": 1.0},
-    {"objective.name": "dpo", "objective.nll_weight": 0.0, "pairs.per_sentence": True},
+    {"objective.name": "dpo", "pairs.per_sentence": True},
     {"objective.name": "sft"},
 )
 
