@@ -121,8 +121,6 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     benchmarks: tuple[str, ...] = setting((), choices=("pope", "chair"))
-    path: str = setting("", help="records of the benchmark; the scenes' counterfactual split when data.format is scenes")
-    examples: int = setting(0, min=0, help="0: all")
     batch_size: int = setting(64, min=1)
     max_new_tokens: int = setting(64, min=1)
     before: bool = setting(True, help="also measure the model at step 0")
@@ -180,6 +178,12 @@ def _check_across(config: Config) -> None:
         raise UserError(f"config.train.accumulate: {config.train.accumulate} does not divide config.train.batch_size = {config.train.batch_size}")
     if unknown := set(config.model.freeze) - {"vision_tower", "projector", "decoder"}:
         raise UserError(f"config.model.freeze: unknown part {sorted(unknown)}; the parts are vision_tower, projector, decoder")
+    if len(set(config.model.freeze)) == 3:
+        raise UserError("config.model.freeze: all parts are frozen, nothing would train")
+    if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.name == "sft":
+        raise UserError("config.pairs.when: sft reads no rejected answers, so online pairs have no use; set config.pairs.maker to none")
+    if config.model.init and config.model.path:
+        raise UserError("config.model.path: a run that starts from config.model.init reads no model; leave one of the two empty")
 
 
 def _record(cls: type, values: Any, where: str) -> Any:

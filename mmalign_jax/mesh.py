@@ -41,6 +41,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1:
         raise UserError(f"config.mesh: only one of {', '.join(AXES)} may be -1, got {sizes}")
+    if any(size == 0 for size in sizes.values()):
+        raise UserError(f"config.mesh: a size of 0 makes no mesh, got {sizes}")
     if free:
         sizes[free[0]] = len(devices) // math.prod(size for size in sizes.values() if size != -1)
     if any(size < 1 for size in sizes.values()) or math.prod(sizes.values()) != len(devices):
@@ -105,6 +107,14 @@ def out_sharding(*axes: str | None) -> P | None:
 def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Array:
     """`x.reshape(shape)` whose result has these logical axes; explicit sharding wants them named where it cannot tell."""
     return jax.numpy.reshape(x, shape, out_sharding=out_sharding(*axes))
+
+
+def check_batch(mesh: Mesh, rows: int) -> None:
+    """Raises UserError when `rows` rows cannot be split over the mesh."""
+    if rows % batch_divisor(mesh):
+        raise UserError(
+            f"config.train.batch_size: {rows} rows (batch_size / accumulate) cannot be split over data x fsdp = {batch_divisor(mesh)} devices"
+        )
 
 
 def batch_divisor(mesh: Mesh) -> int:

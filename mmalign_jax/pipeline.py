@@ -1,13 +1,17 @@
 """A run from data to export: every part is written to the run's directory when it is done, and not done again by the same command."""
 
 import dataclasses
+import functools
 import json
+import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mmalign_jax import losses, run_files
@@ -18,7 +22,7 @@ from mmalign_jax.data.device import process_slice
 from mmalign_jax.data.images import decode_image
 from mmalign_jax.data.loader import Loader, make_loader
 from mmalign_jax.data.plan import Records, RowPlan, plan_rows
-from mmalign_jax.data.sources.source import Source
+from mmalign_jax.data.sources.source import Source, stamp
 from mmalign_jax.errors import UserError
 from mmalign_jax.evaluation import world
 from mmalign_jax.evaluation.generate import Answered, Generator
@@ -28,7 +32,7 @@ from mmalign_jax.hf.processor import Processor, load_processor
 from mmalign_jax.models.config import LlavaConfig
 from mmalign_jax.models.llava import Llava
 from mmalign_jax.models.params import param_shardings
-from mmalign_jax.pairs.bdhs import BdhsSampler, sample_pairs
+from mmalign_jax.pairs.bdhs import BdhsSampler, reference_of, sample_pairs
 from mmalign_jax.pairs.online import OnlineBatches
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.report.console import Console
@@ -42,6 +46,8 @@ from mmalign_jax.training.loop import Batches, Trained, train
 from mmalign_jax.training.step import LossFunction, split_params
 from mmalign_jax.types import PairBatch, PreferenceRecord
 
+T = TypeVar("T")
+
 
 def run(config: Config, workdir: Path) -> int:
     """Prepares data, measures, makes pairs, trains, measures again, exports and reports.
@@ -53,9 +59,10 @@ def run(config: Config, workdir: Path) -> int:
       UserError: a mistake in config, data or checkpoint.
     """
     if config.mesh.distributed:
-        jax.distributed.initialize()
+        known = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+        jax.distributed.initialize(**{name: None if value is None else int(value) for name, value in known.items()})
     console = Console(enabled=jax.process_index() == 0)
-    if run_files.claim(config, workdir):
+    if _first_process_first("claim", lambda: run_files.claim(config, workdir)) and jax.process_index() == 0:
         console.line(f"{workdir} holds this run already; going on with what is not done")
     policy = Policy.load(config, workdir, console)
     return _Run(config, workdir, policy, console)()
@@ -72,24 +79,19 @@ class Policy:
     mesh: Mesh
 
     @classmethod
-    def load(cls, config: Config, workdir: Path, console: Console) -> "Policy":
+    def load(cls, config: Config, workdir: Path, console: Console, mesh: Mesh | None = None) -> "Policy":
         """Reads everything but the weights.
 
         Raises:
           UserError: no such model, or the mesh does not fit the devices or the batch.
         """
-        mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        rows = config.train.batch_size // config.train.accumulate
-        if rows % mesh_lib.batch_divisor(mesh):
-            raise UserError(
-                f"config.train.batch_size: {rows} rows (batch_size / accumulate) cannot be split over "
-                f"data x fsdp = {mesh_lib.batch_divisor(mesh)} devices"
-            )
+        if mesh is None:
+            mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+            mesh_lib.check_batch(mesh, config.train.batch_size // config.train.accumulate)
         path = Path(config.model.path)
         if config.model.init == "scenes":
             path = workdir / "initial_model"
-            if not path.exists():
-                scenes_model.write_initial(path, seed=config.train.seed)
+            _first_process_first("initial_model", lambda: path.exists() or scenes_model.write_initial(path, seed=config.train.seed))
         elif not config.model.path:
             raise UserError("config.model.path: give the directory of a Hugging Face model")
         sizes = read_config(path)
@@ -117,7 +119,7 @@ class _Run:
         c = self.config
         self.objective = losses.build(c.objective.name, **c.objective.hyperparameters)
         self.skipped: list[SkippedRow] = []
-        options = {"batch_size": c.eval.batch_size, "max_new_tokens": c.eval.max_new_tokens}
+        options = {"batch_size": c.eval.batch_size, "max_new_tokens": c.eval.max_new_tokens, "data": c.data}
         self.generator = Generator(self.policy.model, self.policy.processor, self.policy.mesh, **options)
 
     def __call__(self) -> int:
@@ -143,11 +145,13 @@ class _Run:
         """The checked records of the data set: opened, rendered or imported."""
         c, target = self.config, Path(self.config.data.cache or self.workdir / "data")
         with self.console.phase("Preparing data") as progress:
+            read = lambda rows, skipped: progress(rows, None)  # noqa: E731
             if c.data.format == "scenes":
                 source = scenes_source(c, c.data.split)
-                prepared = builder.prepare(c.data, source, target / c.data.split, progress=progress)
+                prepare = functools.partial(builder.prepare, c.data, source, target / c.data.split, progress=read)
             else:
-                prepared = builder.obtain(c.data, target, progress=progress)
+                prepare = functools.partial(builder.obtain, c.data, target, progress=read)
+            prepared = _first_process_first("data", prepare)
         self.skipped += _skipped(prepared)
         left_out = ", ".join(f"{count} {reason}" for reason, count in prepared.skipped.items())
         self.console.line(f"{prepared.count} records of {prepared.read} rows" + (f"; skipped: {left_out}" if left_out else ""))
@@ -159,7 +163,10 @@ class _Run:
         if c.maker == "none" or c.when == "online":
             return None
         target, statistics = self.workdir / "pairs", self.workdir / "pairs.json"
-        if not (target.exists() and statistics.exists()):
+        # pairs of other records or of another model, under the same names, are made again
+        weights = [(file.name, *stamp(file)) for file in sorted(self.policy.path.glob("*.safetensors"))]
+        identity = json.dumps([to_mapping(self.config)["pairs"], records.prepared.fingerprint, weights])
+        if not (target.exists() and statistics.exists() and run_files.read_json(statistics)["identity"] == identity):
             with self.console.phase(f"Making rejected answers for {len(records)} records (BDHS)") as progress:
                 sampler, plan = self._sampler(records)
                 fitting = [int(index) for index, _ in plan.items]
@@ -168,16 +175,15 @@ class _Run:
                 made, counts = sample_pairs(sampler, params, map(records.__getitem__, fitting), c, lambda done: progress(done, len(fitting)))
                 if not made:
                     raise UserError("config.pairs: BDHS made no pair: every rejected answer equals its reference; raise rho_th or the temperature")
-                identity = json.dumps([to_mapping(self.config)["pairs"], records.prepared.fingerprint, str(self.policy.path)])
                 builder.prepare(self.config.data, Source("BDHS", identity, lambda: iter(made)), target)
                 left_out = [dataclasses.asdict(row) for row in plan.left_out]
-                run_files.write_json(statistics, {**dataclasses.asdict(counts), "left_out": left_out})
+                run_files.write_json(statistics, {**dataclasses.asdict(counts), "left_out": left_out, "identity": identity})
         counts = run_files.read_json(statistics)
         self.skipped += [SkippedRow("records", row["record_id"], f"{row['policy']}: {row['problem']}") for row in counts["left_out"]]
         by_iteration = ", ".join(f"{count} in iteration {number}" for number, count in counts["by_iteration"].items())
         self.console.line(
             f"{counts['pairs']} pairs from {counts['records']} records; {counts['unchanged']} came out as their reference, "
-            f"{counts['unusable']} could not be read back; ended: {by_iteration}"
+            f"{counts['unusable']} could not be read back; {counts['unfinished']} sentences ran out of slots; ended: {by_iteration}"
         )
         if counts["left_out"]:
             self.console.line(f"{len(counts['left_out'])} records left out before that, listed in the report")
@@ -186,14 +192,16 @@ class _Run:
     def _sampler(self, records: Records) -> tuple[BdhsSampler, RowPlan]:
         c, p = self.config, self.policy
         plan = plan_rows(records, p.processor, c.data, answers=1)
-        lanes = max(len(split_sentences(record.responses[0].text)) for record in _each(records))
+        lanes = max(len(split_sentences(reference_of(records[int(index)]).text)) for index, _ in plan.items)
         return BdhsSampler(p.model, p.processor, p.mesh, c.pairs, plan.layout, lanes), plan
 
     def _batches(self, records: Records) -> tuple[Batches, RowPlan]:
         c, p = self.config, self.policy
         if c.pairs.maker == "bdhs" and c.pairs.when == "online" and self.objective.answers == 2:
             sampler, plan = self._sampler(records)
-            layout = dataclasses.replace(plan.layout, answers=2, answer_slots=2 * plan.layout.answer_slots)
+            # a rejected answer may be longer than its reference
+            slots = min(2 * plan.layout.answer_slots, c.data.answer_tokens or 2 * plan.layout.answer_slots)
+            layout = dataclasses.replace(plan.layout, answers=2, answer_slots=slots)
             return OnlineBatches(records, p.processor, sampler, plan, layout, c.train), plan
         plan = plan_rows(records, p.processor, c.data, answers=self.objective.answers)
         index, count = process_slice(p.mesh)
@@ -276,7 +284,11 @@ class _Run:
         images = tuple(np.asarray(decode_image(medium.data, file="records", row=record.id, **limits)) for medium in record.media)
         prompt = " ".join(part.text for turn in record.turns for part in turn.parts if part.text is not None)
         texts = [record.responses[index].text for index in (record.prefs[0].win, record.prefs[0].lose)]
-        return GalleryItem(record.id, images, prompt, mark(texts[0]), mark(texts[1]), mark(before.text), mark(after.text))
+        return GalleryItem(record.id, images, prompt, mark(texts[0]), mark(texts[1]), mark(_ended(before)), mark(_ended(after)))
+
+
+def _ended(answer: Answered) -> str:
+    return answer.text if answer.finished else answer.text + " …"
 
 
 class _Offline:
@@ -299,7 +311,8 @@ def export_step(workdir: Path, step: int | None, out: Path) -> Path:
     if not (workdir / "config.json").is_file():
         raise UserError(f"--workdir: {workdir} holds no run (no config.json)")
     config = from_mapping(run_files.read_json(workdir / "config.json"))
-    policy = Policy.load(config, workdir, Console(enabled=False))
+    # the run's mesh is not needed here: a laptop exports what a pod trained
+    policy = Policy.load(config, workdir, Console(enabled=False), mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     params, _ = split_params(policy.params(), config.model.freeze)
     trained = restore_params(workdir / "checkpoints", step, params)
     return export(trained, policy.path, out, dtype=config.export.dtype)
@@ -310,6 +323,15 @@ def scenes_source(config: Config, split: str) -> Source:
     pictures = {"sft": config.scenes.sft, "align": config.scenes.align}[split]
     identity = json.dumps([splits.VERSION, config.scenes.seed, split, pictures])
     return Source(f"scenes/{split}", identity, lambda: splits.records(config.scenes.seed, split, pictures))
+
+
+def _first_process_first(name: str, work: Callable[[], T]) -> T:
+    """What `work` returns, after the first process has done it: on a shared file system the others then find it done."""
+    if jax.process_count() == 1:
+        return work()
+    result = work() if jax.process_index() == 0 else None
+    multihost_utils.sync_global_devices(f"mmalign_jax.pipeline.{name}")
+    return work() if jax.process_index() else result
 
 
 def _each(records: Records) -> Iterator[PreferenceRecord]:

@@ -35,7 +35,8 @@ def claim(config: Config, workdir: Path) -> bool:
         ]
         if differing:
             raise UserError(f"--workdir: {workdir} holds a run with other settings ({'; '.join(differing[:5])}); use a new directory")
-    write_json(file, now)
+    if not file.exists() or read_json(file) != now:
+        write_json(file, now)
     return found
 
 

@@ -124,7 +124,8 @@ def _rows(records: Records, processor: RowProcessor, answers: int, refuse=None) 
     """Yields (record index, pref index, tokens); a row that cannot be tokenised goes to `refuse`, or is raised without one."""
     for index in range(len(records)):
         record = records[index]
-        for pref in range(len(record.prefs)) if answers > 1 and record.prefs else (-1,):
+        # one answer a row: the chosen one of the first preference
+        for pref in (-1,) if not record.prefs else range(len(record.prefs) if answers > 1 else 1):
             try:
                 row = tokenize(record, preference_of(record, pref), processor, answers)
             except DataError as error:

@@ -33,11 +33,15 @@ class Answered:
 class Generator:
     """Greedy generation with one model definition; parameters are given at each call, so that policies before and after share the compilation."""
 
-    def __init__(self, model: Llava, processor: Processor, mesh: Mesh, *, batch_size: int, max_new_tokens: int, workers: int = 4):
-        self._processor, self._mesh, self._workers = processor, mesh, workers
+    def __init__(self, model: Llava, processor: Processor, mesh: Mesh, *, batch_size: int, max_new_tokens: int, data: DataConfig | None = None):
+        self._processor, self._mesh, self._data = processor, mesh, data or DataConfig()
         self._rows = -(-batch_size // mesh_lib.batch_divisor(mesh)) * mesh_lib.batch_divisor(mesh)
         options = DecodeOptions(max_new_tokens, stop_ids=processor.eos_ids, banned_ids=processor.banned_ids)
         self._generate = jax.jit(functools.partial(_greedy, model, options))
+
+    def _limits(self) -> DataConfig:
+        """Prompts are as long as they are; only the bounds on images hold here."""
+        return DataConfig(max_image_pixels=self._data.max_image_pixels, max_image_bytes=self._data.max_image_bytes)
 
     def __call__(self, params: dict, records: Sequence[PreferenceRecord], progress: Callable[[int], None] = lambda done: None) -> list[Answered]:
         """One answer a record, in order. Responses of the records are not read.
@@ -49,9 +53,9 @@ class Generator:
             raise UserError("config.eval.benchmarks: evaluation runs in one process; leave it empty here and use launch/evaluate.py after the run")
         if not records:
             return []
-        plan = plan_rows(records, self._processor, DataConfig(), answers=0)
+        plan = plan_rows(records, self._processor, self._limits(), answers=0)
         out: list[Answered] = []
-        for part in one_pass(records, self._processor, plan, batch_size=self._rows, workers=self._workers):
+        for part in one_pass(records, self._processor, plan, batch_size=self._rows, workers=self._data.workers):
             with jax.set_mesh(self._mesh):
                 samples = jax.device_get(self._generate(params, to_device(part.batch, self._mesh, batch_axis=0)))
             for row in np.flatnonzero(part.valid):

@@ -80,10 +80,10 @@ class Console:
             self._end_live()
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[Callable[[int, int], None]]:
+    def phase(self, name: str) -> Iterator[Callable[[int, int | None], None]]:
         """Announces a slow part of the work and, at its end, how long it took.
 
-        Yields a function `(done, total)` that shows the part's own progress.
+        Yields a function `(done, total)` that shows the part's own progress; the total is None where it is not known.
         """
         started = self._clock()
         self.line(f"{name} ...")
@@ -107,11 +107,11 @@ class Console:
         (then, first), (now, last) = self._history[0], self._history[-1]
         return None if last == first else (steps - last) * (now - then) / (last - first)
 
-    def _progress(self, name: str, done: int, total: int) -> None:
+    def _progress(self, name: str, done: int, total: int | None) -> None:
         now = self._clock()
-        if self._enabled and done < total and now - self._shown_at >= self._every_s:
+        if self._enabled and (total is None or done < total) and now - self._shown_at >= self._every_s:
             self._shown_at = now
-            self._draw(f"{name}: {done}/{total}")
+            self._draw(f"{name}: {done}" if total is None else f"{name}: {done}/{total}")
 
     def _draw(self, text: str) -> None:
         if self._live:

@@ -53,6 +53,7 @@ def compile_step(config: Config, sizes: LlavaConfig, topology: str, slices: int 
       UserError: unknown topology, no TPU compiler here, or a mesh that the topology does not have.
     """
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=_devices(topology, slices))
+    mesh_lib.check_batch(mesh, config.train.batch_size // config.train.accumulate)
     objective = losses.build(config.objective.name, **config.objective.hyperparameters)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state, reference, batch = _abstract_arguments(config, sizes, mesh, optimizer, objective)

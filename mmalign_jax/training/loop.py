@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mmalign_jax.config import Config
@@ -133,17 +134,24 @@ class _Run:
                 self._check_finite(*in_flight)
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()} | made
                 seconds = (time.monotonic() - began) / (done - since)
-                values |= self._speed(batch, seconds, waited / (done - since))
+                values |= self._speed(device_batch, seconds, waited / (done - since))
                 self.writer.write(done, values)
                 self.console.status(done, steps, values)
                 began, since, waited = time.monotonic(), done, 0.0
-            if done % self.config.checkpoint.every == 0 or done == steps or self.stop.signal is not None:
+            stopping = self._stopping()
+            if done % self.config.checkpoint.every == 0 or done == steps or stopping:
                 self._check_finite(*in_flight)
                 self.checkpoints.save(state, self.batches.get_state())
-            if self.stop.signal is not None and done < steps:
-                self.console.line(f"{self.stop.signal.name}: saving at step {done}; the same command goes on from here")
+            if stopping and done < steps:
+                name = "SIGTERM" if self.stop.signal is None else self.stop.signal.name
+                self.console.line(f"{name}: saving at step {done}; the same command goes on from here")
                 break
         return state
+
+    def _stopping(self) -> bool:
+        """Whether any process has been asked to stop: all must save at the same step."""
+        mine = self.stop.signal is not None
+        return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(mine)).any())
 
     def _speed(self, batch: PairBatch, seconds: float, waiting: float) -> dict[str, float]:
         rows = self.config.train.batch_size

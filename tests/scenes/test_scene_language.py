@@ -95,7 +95,8 @@ def test_the_vocabulary_is_closed_and_used(tokenizer, exchanges):
 
 def test_answers_by_hand():
     assert language.question("cup") == "Is there a cup in the picture?"
-    assert language.answer("cup", True) == "Yes, there is a cup." and language.answer("cup", False) == "No, there is no cup."
+    cups = SceneObject("cup", "red", 2, "top left", (0, 1))
+    assert language.answer("cup", cups) == "Yes, there are two red cups." and language.answer("cup", None) == "No, there is no cup."
 
 
 def test_every_name_has_one_kind():
