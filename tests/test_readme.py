@@ -105,3 +105,7 @@ def test_extras_exist():
 def test_the_two_commands_stand_where_scripts_look_for_them(marker):
     found = re.findall(rf"^<!-- {marker} -->\n```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     assert len(found) == 1 and found[0].startswith("pip install -e ")
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "PLACEHOLDER" not in (ROOT / "README.md").read_text(encoding="utf-8")
