@@ -187,7 +187,7 @@ def test_rows_without_a_pair_or_that_cannot_be_tokenised():
     plan = plan_rows(rows, Strict(), DataConfig(on_bad_row="skip"), answers=2)
     assert plan.counts == {"rows": 3, "kept": 1, "dropped_long": 0, "dropped_bad": 2, "shortened_answer": 0}
     assert "f, row 2: the row cannot be tokenised: the text holds </s>" in plan.left_out[1].problem
-    assert plan_rows(rows[:2], Strict(), DataConfig(), answers=1).items.tolist() == [[0, -1], [1, -1]]
+    assert plan_rows(rows[:2], Strict(), DataConfig(), answers=1).items.tolist() == [[0, 0], [1, -1]]
 
 
 def test_a_weight_is_not_ignored():
