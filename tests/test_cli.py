@@ -39,10 +39,14 @@ def command(tmp_path_factory) -> Path:
     return path
 
 
+# What a shell starts in the background is deaf to SIGINT, and so is what that starts. The commands that are tested are not
+HEARS_CTRL_C = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+
+
 def start(command: Path, *arguments: str) -> subprocess.Popen:
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, str(command), *arguments], cwd=command.parent, env=env, **pipes)
+    return subprocess.Popen([sys.executable, "-c", HEARS_CTRL_C, str(command), *arguments], cwd=command.parent, env=env, **pipes)
 
 
 def call(command: Path, *arguments: str) -> tuple[int, str, str]:

@@ -57,12 +57,15 @@ def test_a_question_that_splits_share_is_asked_once(tests):
         assert len({record.id for record in test.question_records}) == len(asked)
 
 
-def test_adversarial_questions_tempt_with_the_partner(tests):
-    """On habit-breaking pictures, too: what comes together is counted on usual ones."""
-    counterfactual = tests[0]
-    heads = [q.object for q in counterfactual.questions if q.split == "adversarial" and q.label and q.object in HABITS]
-    partners = [q.object for q in counterfactual.questions if q.split == "adversarial" and not q.label]
-    assert heads and sum(HABITS[head] in partners for head in heads) >= len(heads) - 1
+def test_adversarial_questions_tempt_with_the_partner():
+    """On habit-breaking pictures, too: what comes together is counted on usual ones, of which it takes a few dozen."""
+    counterfactual = world.make_tests(dataclasses.replace(SCENES, test=60), ("pope",))[0]
+    shown, absent = {}, {}
+    for q in counterfactual.questions:
+        if q.split == "adversarial":
+            (shown if q.label else absent).setdefault(q.image_id, set()).add(q.object)
+    heads = [(image, head) for image, objects in shown.items() for head in objects if head in HABITS]
+    assert len(heads) >= 60 and all(HABITS[head] in absent[image] for image, head in heads)
 
 
 def test_the_same_seed_gives_the_same_test(tests):

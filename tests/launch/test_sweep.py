@@ -94,6 +94,8 @@ def test_ctrl_c_lets_the_run_save_and_stops_the_sweep(tmp_path):
         "except KeyboardInterrupt:\n    time.sleep(1); open(sys.argv[1], 'w').close()"
     )
     body = (
+        # what a background job starts is deaf to SIGINT
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import importlib.util, sys\nspec = importlib.util.spec_from_file_location('launch_sweep', sys.argv[1])\n"
         "module = importlib.util.module_from_spec(spec); sys.modules['launch_sweep'] = module; spec.loader.exec_module(module)\n"
         f"sys.exit(module.execute(['a', 'b'], [[sys.executable, '-c', {saves!r}, name] for name in 'ab'], True))"

@@ -234,7 +234,7 @@ def test_mistakes_are_named(name, hyperparameters, message):
 
 def test_hyperparameters_are_the_defaults_and_do_not_leak():
     assert losses.hyperparameters("simpo") == {"beta": 2.0, "gamma": 0.5, "nll_weight": 0.0}
-    assert losses.hyperparameters("sft") == {}
+    assert losses.hyperparameters("sft") == {"length_norm": 0.0}
     losses.hyperparameters("dpo")["beta"] = 9.0
     losses.build("dpo", beta=9.0)
     assert losses.build("dpo").hyperparameters["beta"] == 0.1

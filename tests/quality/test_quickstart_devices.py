@@ -74,7 +74,7 @@ def test_one_device_and_eight(batches):
     assert len(jax.devices()) == 8
     for a, b in zip(one, eight, strict=True):
         np.testing.assert_allclose(b["loss"], a["loss"], atol=1e-5)
-        for name in a.keys() - {"rewards/accuracies"}:  # counts signs, and at step 0 those are of rounding errors
+        for name in a.keys() - {"rewards/accuracies", "displacement_rate"}:  # they count signs, at step 0 those of rounding errors
             # sums of about fifty log-probs, and squares of gradients
             np.testing.assert_allclose(b[name], a[name], rtol=1e-4, atol=1e-5, err_msg=name)
     assert len({float(metrics["loss"]) for metrics in one}) == STEPS  # the parameters move, and the batches are not the same

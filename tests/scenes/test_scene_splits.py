@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mmalign_jax.scenes import language, splits
-from mmalign_jax.scenes.world import HABITS, KINDS
+from mmalign_jax.scenes.world import HABITS, KINDS, SceneObject
 from mmalign_jax.types import Part
 
 COUNT = 40
@@ -107,8 +107,8 @@ def test_questions_of_align_are_answered_truly(records):
     assert min(sum(answer.startswith(word) for answer in answers) for word in ("Yes,", "No,")) > COUNT / 4
     for record in asked:
         assert record.turns[0].parts[1].text == language.question(record.meta["kind"])
-        shown = {thing["kind"] for thing in record.meta["objects"]}
-        assert record.responses[0].text == language.answer(record.meta["kind"], record.meta["kind"] in shown)
+        shown = {thing["kind"]: SceneObject(**(thing | {"cells": tuple(thing["cells"])})) for thing in record.meta["objects"]}
+        assert record.responses[0].text == language.answer(record.meta["kind"], shown.get(record.meta["kind"]))
 
 
 def test_align_asks_for_the_absent_partner(records):
@@ -128,9 +128,9 @@ def test_questions_of_sft_follow_the_annotator():
         it = splits.item(0, "sft", index)
         if it.claimed == it.scene.objects:
             continue
-        claimed = {thing.kind for thing in it.claimed}
+        claimed = {thing.kind: thing for thing in it.claimed}
         for record in questions(list(splits.item_records(it))):
-            assert record.responses[0].text == language.answer(record.meta["kind"], record.meta["kind"] in claimed)
+            assert record.responses[0].text == language.answer(record.meta["kind"], claimed.get(record.meta["kind"]))
             believed += 1
     assert believed > 0
 
