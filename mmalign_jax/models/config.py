@@ -21,6 +21,8 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
+    """A Llama or Mistral decoder; `sliding_window` counts positions, None is full attention."""
+
     vocab_size: int
     width: int
     mlp_width: int
