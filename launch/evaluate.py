@@ -25,7 +25,7 @@ from mmalign_jax.evaluation.files import chair_benchmark, pope_benchmark
 from mmalign_jax.evaluation.generate import Generator
 from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.hf.processor import load_processor
-from mmalign_jax.models.llava import Llava
+from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import param_shardings
 from mmalign_jax.report.console import Console
 from mmalign_jax.report.environment import environment
@@ -100,7 +100,7 @@ def _measure(path: Path, tests: Sequence[Benchmark], decoding: Mapping[str, Any]
     mesh = mesh_lib.make_mesh()
     sizes = read_config(path)
     processor = load_processor(path, sizes)
-    model = Llava(sizes, processor.mean, processor.std, decoding["compute_dtype"])
+    model = Mllm(sizes, processor.mean, processor.std, decoding["compute_dtype"])
     generator = Generator(model, processor, mesh, batch_size=decoding["batch_size"], max_new_tokens=decoding["max_new_tokens"])
     with console.phase(f"Measuring {path}") as progress, jax.set_mesh(mesh):
         params = load_params(path, sizes, param_shardings(sizes, mesh), model.dtype)

@@ -24,7 +24,7 @@ from mmalign_jax.data.sources.source import Source, fingerprint
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.hf.processor import load_processor
-from mmalign_jax.models.llava import Llava
+from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import param_shardings
 from mmalign_jax.pairs.bdhs import BdhsSampler, Statistics, make_pairs, reference_of
 from mmalign_jax.pairs.sentences import split_sentences
@@ -105,7 +105,7 @@ class _Maker:
         lanes = max(len(split_sentences(self._references[index].responses[0].text)) for index in chosen)
         with self._console.phase("Loading the model"):
             params = load_params(self._path, self._sizes, param_shardings(self._sizes, mesh), self._dtype)
-        model = Llava(self._sizes, processor.mean, processor.std, self._dtype)
+        model = Mllm(self._sizes, processor.mean, processor.std, self._dtype)
         sampler = BdhsSampler(model, processor, mesh, config.pairs, plan.layout, lanes)
         with self._console.phase("Making pairs") as progress:
             for made, statistics in make_pairs(sampler, params, map(self._references.__getitem__, chosen), config.pairs):

@@ -29,8 +29,8 @@ from mmalign_jax.evaluation.generate import Answered, Generator
 from mmalign_jax.hf.export import export
 from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.hf.processor import Processor, load_processor
-from mmalign_jax.models.config import LlavaConfig
-from mmalign_jax.models.llava import Llava
+from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import param_shardings
 from mmalign_jax.pairs.bdhs import BdhsSampler, reference_of, sample_pairs
 from mmalign_jax.pairs.online import OnlineBatches
@@ -73,8 +73,8 @@ class Policy:
     """The SFT model of a run: where it is, its definition, processor and mesh."""
 
     path: Path
-    sizes: LlavaConfig
-    model: Llava
+    sizes: MllmConfig
+    model: Mllm
     processor: Processor
     mesh: Mesh
 
@@ -99,7 +99,7 @@ class Policy:
         dtype = config.model.compute_dtype
         if dtype == "auto":
             dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        model = Llava(sizes, processor.mean, processor.std, dtype, remat=config.model.remat == "full")
+        model = Mllm(sizes, processor.mean, processor.std, dtype, remat=config.model.remat == "full")
         console.line(f"Model {path}; {mesh.size} {jax.devices()[0].device_kind} devices, mesh {dict(mesh.shape)}, compute {dtype}")
         return cls(path, sizes, model, processor, mesh)
 

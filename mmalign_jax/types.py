@@ -10,11 +10,14 @@ Letters used in jaxtyping annotations throughout the package:
   H  query heads      G  key/value heads          E  width of one head
   L  layers           S  decode lanes of a row    X  slots of a lane's own tail
   Y  image height     W  image width              Z  width of the vision tower, or of the features taken from it
-  A  accumulation steps
+  A  accumulation steps                           Q  patches of a row's pictures, when they have any size
+  U  width of an image feature: D, or (1 + J) D with J layers of DeepStack
 """
 
 import dataclasses
 import hashlib
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,11 +32,40 @@ PAD, PREFIX, FIRST_ANSWER = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """One image (video, audio and volumes will use the same record): encoded bytes as they were found, never decoded pixels."""
+    """One image or one video: encoded bytes as they were found, never decoded pixels.
+
+    An "image" has `data`. A "video" has `frames`, encoded still pictures, and `times`, the second at which each of them is shown:
+    finite and strictly increasing.
+
+    Raises:
+      ValueError: the fields do not belong to the kind, or the times break their rule.
+    """
 
     kind: str
-    data: bytes
+    data: bytes = b""
     origin: str = ""
+    frames: tuple[bytes, ...] = ()
+    times: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.kind not in ("image", "video"):
+            raise ValueError(f"unknown kind of media {self.kind!r}")
+        if self.kind == "image" and (self.frames or self.times):
+            raise ValueError("an image has data, no frames and no times")
+        if self.kind == "video":
+            if self.data or not self.frames:
+                raise ValueError("a video has frames, at least one, and no data")
+            if len(self.times) != len(self.frames):
+                raise ValueError(f"a video of {len(self.frames)} frames has {len(self.times)} times")
+            if not all(map(math.isfinite, self.times)):
+                raise ValueError("the times of a video's frames must be finite")
+            if any(later <= earlier for earlier, later in itertools.pairwise(self.times)):
+                raise ValueError("the times of a video's frames must increase strictly")
+
+    @property
+    def pictures(self) -> tuple[bytes, ...]:
+        """All encoded pictures in order: an image's one, or a video's frames."""
+        return (self.data,) if self.kind == "image" else self.frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +130,29 @@ def record_key(record_id: str) -> int:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Patches:
+    """How pictures of any size become the patches of a row, in the order in which the tower takes them.
+
+    A row's pictures lie in the upper left corners of its canvases (`PairBatch.images`). Slots come in runs of one attention window
+    (`VisionConfig.window_slots`), and within a run in squares that become one image token.
+    """
+
+    index: Int[Array, "*A B Q C"]  # which patch of the row's canvases, flat, for each of the C frames of a patch; -1 for no patch
+    place: Int[Array, "*A B Q 2"]  # row and column in the picture
+    grid: Int[Array, "*A B Q 2"]  # rows and columns of the picture
+    segment: Int[Array, "*A B Q"]  # the picture, or pair of frames, within which attention stays; -1 for no patch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PairBatch:
     """Rows of `[images and prompt | answer 1 | ... | answer K]`, each region padded on its right to its own static length.
 
     Positions of every answer go on from the end of the row's prefix; `role` says which region a token belongs to, and the
-    attention mask follows from `role` and `positions` alone.
+    attention mask follows from `role`, `positions` and `image_index` alone.
+
+    `images` are tiles of the size that the tower takes, or canvases that hold pictures of any size; `patches` then says where. `mrope`
+    are the rotary positions of models that turn by time, row and column; other models turn by `positions`.
     """
 
     tokens: Int[Array, "*A B T"]
@@ -115,6 +165,8 @@ class PairBatch:
     margin: Float[Array, "*A B"]
     prefix_slots: int = dataclasses.field(metadata={"static": True})
     answer_slots: int = dataclasses.field(metadata={"static": True})
+    patches: Patches | None = None
+    mrope: Int[Array, "*A B 3 T"] | None = None
 
     @property
     def answers(self) -> int:
@@ -125,6 +177,7 @@ class PairBatch:
         """The same rows with only the first `count` answers."""
         stop = self.prefix_slots + count * self.answer_slots
         cut = {name: getattr(self, name)[..., :stop] for name in ("tokens", "role", "positions", "image_index", "token_weight")}
+        cut["mrope"] = None if self.mrope is None else self.mrope[..., :stop]
         return dataclasses.replace(self, **cut)
 
     def with_images(self, images: UInt8[Array, "*A B M Y W 3"] | Float[Array, "*A B M Y W 3"]) -> "PairBatch":

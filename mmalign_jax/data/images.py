@@ -15,6 +15,7 @@ MAX_ASPECT = 200
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64_000_000
 
+_ORIENTATION = 0x0112  # EXIF; from 5 on, width and height are exchanged
 _FORMATS = "JPEG, PNG, WEBP, GIF, BMP"
 # The plugins are called directly: `Image.open` tries every installed plugin, and its own bomb check is a process-wide setting.
 _PLUGINS = {
@@ -47,14 +48,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
       BadRow (a DataError): missing, too large, of another format, animated, truncated or corrupt.
     """
     place = Place(file, row)
-    if not data:
-        raise place.bad("missing_image", "the image has no bytes", "Give the row its image or remove the row.")
-    if len(data) > max_bytes:
-        raise place.bad(
-            "image_too_large",
-            f"the image has {len(data)} bytes, over the limit of {max_bytes}",
-            "Shrink the image or raise config.data.max_image_bytes.",
-        )
+    _check_bytes(data, max_bytes, place)
     try:
         image = _open(data, max_pixels, place)
         _check_size(image.size, max_pixels, place)
@@ -70,6 +64,24 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = 
     return image
 
 
+def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES, file: str, row: str) -> tuple[int, int]:
+    """Height and width of the upright picture, from its header; nothing is decoded.
+
+    Raises:
+      BadRow (a DataError): see `decode_image`, as far as the header shows it.
+    """
+    place = Place(file, row)
+    _check_bytes(data, max_bytes, place)
+    try:
+        image = _open(data, max_pixels, place)
+        _check_size(image.size, max_pixels, place)
+        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+    except _DAMAGE as error:
+        problem = f"the image is truncated or corrupt ({error})"
+        raise place.bad("unreadable_image", problem, "Replace the image or remove the row.") from error
+    return image.size if turned else image.size[::-1]
+
+
 def _open(data: bytes, max_pixels: int, place: Place) -> Image.Image:
     stream = io.BytesIO(data)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -80,6 +92,17 @@ def _open(data: bytes, max_pixels: int, place: Place) -> Image.Image:
         if data.startswith(magic):
             return plugin(stream)
     raise place.bad("unreadable_image", f"the bytes are not an image of a supported format ({_FORMATS})", "Convert it to JPEG or PNG.")
+
+
+def _check_bytes(data: bytes, max_bytes: int, place: Place) -> None:
+    if not data:
+        raise place.bad("missing_image", "the image has no bytes", "Give the row its image or remove the row.")
+    if len(data) > max_bytes:
+        raise place.bad(
+            "image_too_large",
+            f"the image has {len(data)} bytes, over the limit of {max_bytes}",
+            "Shrink the image or raise config.data.max_image_bytes.",
+        )
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

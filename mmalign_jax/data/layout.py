@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
-from PIL import Image
 
+from mmalign_jax.data import media as media_lib
 from mmalign_jax.data.bad_rows import Place, place_of
-from mmalign_jax.data.images import MAX_BYTES, MAX_PIXELS, decode_image
+from mmalign_jax.data.images import MAX_BYTES, MAX_PIXELS
 from mmalign_jax.errors import DataError, UserError
-from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX, Preference, PreferenceRecord, Turn, record_key
+from mmalign_jax.hf.pictures import Expansion, Pictures, RowTraits
+from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX, PairBatch, Preference, PreferenceRecord, Turn, record_key
 
 
 @runtime_checkable
@@ -18,21 +20,17 @@ class RowProcessor(Protocol):
     """What the layout needs of a checkpoint's processor."""
 
     @property
-    def image_token_id(self) -> int: ...
+    def image_token_ids(self) -> tuple[int, ...]: ...
 
     @property
-    def image_tokens(self) -> int:
-        """N, placeholders of one image."""
+    def pictures(self) -> Pictures:
+        """What pictures become."""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of the pixels."""
+    def traits(self) -> RowTraits: ...
 
-    def pixels(self, image: Image.Image) -> np.ndarray:
-        """uint8[Y, W, 3]"""
-
-    def prompt_ids(self, turns: Sequence[Turn]) -> np.ndarray:
-        """int32[n], every image expanded to N placeholders"""
+    def prompt_ids(self, turns: Sequence[Turn], expansions: Sequence[Expansion]) -> np.ndarray:
+        """int32[n], every placeholder replaced by its expansion"""
 
     def answer_ids(self, text: str, prefix: str = "") -> tuple[np.ndarray, np.ndarray]:
         """int32[n] of the whole answer with its end token, and bool[n]: scored, false on tokens of the prefix"""
@@ -40,12 +38,21 @@ class RowProcessor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
-    """The static sizes of a row: P, R, K and M. `shorten_answers`: cut answers that are longer than R (never a prefix)."""
+    """The static sizes of a row.
+
+    Args:
+      prefix_slots, answer_slots, answers, images: P, R, K and M.
+      canvas: height and width of each of the M images.
+      patch_slots: Q, 0 for towers that take tiles.
+      shorten_answers: cut answers that are longer than R (never a prefix).
+    """
 
     prefix_slots: int
     answer_slots: int
     answers: int
     images: int
+    canvas: tuple[int, int]
+    patch_slots: int = 0
     shorten_answers: bool = False
     max_pixels: int = MAX_PIXELS
     max_bytes: int = MAX_BYTES
@@ -58,10 +65,15 @@ class RowLayout:
 
 @dataclasses.dataclass(frozen=True)
 class RowSize:
-    """How long a row is: tokens of the prefix, images, and for each answer its tokens and the index of the first scored one."""
+    """How long a row is: tokens of the prefix, images, and for each answer its tokens and the index of the first scored one.
+
+    `images` are those that the tower takes: tiles, or the canvases of pictures and frames.
+    """
 
     prefix: int
     images: int
+    canvas: tuple[int, int]
+    patch_slots: int
     answers: tuple[int, ...]
     first_scored: tuple[int, ...]
 
@@ -77,6 +89,7 @@ class RowTokens:
     prefix: np.ndarray
     answers: tuple[tuple[np.ndarray, np.ndarray], ...]
     media: tuple[int, ...]  # the record's media in the order of their placeholders
+    expansions: tuple[Expansion, ...]  # of these media
 
     @property
     def nbytes(self) -> int:
@@ -85,10 +98,21 @@ class RowTokens:
     @property
     def size(self) -> RowSize:
         first = tuple(int(np.argmax(scored)) if scored.any() else len(scored) for _, scored in self.answers)
-        return RowSize(len(self.prefix), len(self.media), tuple(len(ids) for ids, _ in self.answers), first)
+        sides = [medium.canvas for medium in self.expansions]
+        canvas = (max(y for y, _ in sides), max(x for _, x in sides)) if sides else (0, 0)
+        tiles, slots = sum(medium.tiles for medium in self.expansions), sum(medium.slots for medium in self.expansions)
+        return RowSize(len(self.prefix), tiles, canvas, slots, tuple(len(ids) for ids, _ in self.answers), first)
 
 
-def tokenize(record: PreferenceRecord, pref: Preference | None, processor: RowProcessor, answers: int) -> RowTokens:
+def tokenize(
+    record: PreferenceRecord,
+    pref: Preference | None,
+    processor: RowProcessor,
+    answers: int,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> RowTokens:
     """Tokens of one row.
 
     The record's own prefix, text with which every answer starts, ends up in the prefix region, so that it is computed once. A token
@@ -108,8 +132,10 @@ def tokenize(record: PreferenceRecord, pref: Preference | None, processor: RowPr
         raise place.bad("malformed_row", f"the preference has weight {pref.weight}; only 1 is supported", "Set the weight to 1.")
     chosen = ((0,) if pref is None else (pref.win, pref.lose))[:answers]
     media = tuple(part.media for turn in record.turns for part in turn.parts if part.media is not None)
+    limits = {"max_pixels": max_pixels, "max_bytes": max_bytes}
+    expansions = tuple(media_lib.expand(record.media[index], processor.pictures, place, **limits) for index in media)
     try:
-        prompt = processor.prompt_ids(record.turns)
+        prompt = processor.prompt_ids(record.turns, expansions)
         parts = [processor.answer_ids(record.responses[index].text, record.prefix) for index in chosen]
     except DataError:
         raise
@@ -117,10 +143,10 @@ def tokenize(record: PreferenceRecord, pref: Preference | None, processor: RowPr
         raise place.bad("malformed_row", f"the row cannot be tokenised: {error}", "Correct the text or remove the row.") from error
     if not record.complete:
         parts = [(ids[:-1], scored[:-1]) for ids, scored in parts]  # the end token
-    _check_placeholders(prompt, parts, len(media), processor, place)
+    _check_placeholders(prompt, parts, expansions, processor, place)
     shared = _shared(parts) if parts else 0
     prefix = np.concatenate([prompt, parts[0][0][:shared]]).astype(np.int32) if parts else prompt
-    return RowTokens(prefix, tuple((ids[shared:], scored[shared:]) for ids, scored in parts), media)
+    return RowTokens(prefix, tuple((ids[shared:], scored[shared:]) for ids, scored in parts), media, expansions)
 
 
 def lay_out(
@@ -134,7 +160,7 @@ def lay_out(
     Raises:
       DataError: the row does not fit into the layout, or see `tokenize` and `decode_image`.
     """
-    row = row or tokenize(record, pref, processor, layout.answers)
+    row = row or tokenize(record, pref, processor, layout.answers, max_pixels=layout.max_pixels, max_bytes=layout.max_bytes)
     if len(row.answers) != layout.answers:
         raise ValueError(f"tokens of {len(row.answers)} answers for a layout of {layout.answers}")
     place = place_of(record)
@@ -149,21 +175,43 @@ def lay_out(
         where = slice(start, start + length)
         tokens[where], role[where], weight[where] = ids[:length], FIRST_ANSWER + k, scored[:length]
         positions[where] = n + np.arange(length)  # every answer goes on where the prefix ends
-    image_index = np.full(slots, -1, np.int32)
-    at = np.flatnonzero(row.prefix == processor.image_token_id)
-    image_index[at] = np.arange(len(at))
-    if len(at) != len(row.media) * processor.image_tokens or np.any(tokens[layout.prefix_slots :] == processor.image_token_id):
+    image_index, is_image = np.full(slots, -1, np.int32), np.isin(row.prefix, processor.image_token_ids)
+    features, traits = media_lib.feature_indices(row.expansions, processor.traits), processor.traits
+    if is_image.sum() != len(features) or np.isin(tokens[layout.prefix_slots :], processor.image_token_ids).any():
         raise AssertionError("image placeholders changed while the row was laid out")
+    image_index[:n][is_image] = features
+    extra: dict[str, Any] = {}
+    if layout.patch_slots:
+        extra["patches"] = media_lib.patches(row.expansions, traits, slots=layout.patch_slots, canvas=layout.canvas)
+    if traits.mrope:
+        extra["mrope"] = _mrope(is_image, row.expansions, positions, layout.prefix_slots)
+    limits = {"max_pixels": layout.max_pixels, "max_bytes": layout.max_bytes}
+    media = [record.media[index] for index in row.media]
     return {
         "tokens": tokens,
         "role": role,
         "positions": positions,
-        "images": _images(record, row.media, processor, layout, place),
+        "images": media_lib.pixels(media, processor.pictures, place, tiles=layout.images, canvas=layout.canvas, **limits),
         "image_index": image_index,
         "token_weight": weight,
         "record_key": np.uint32(record_key(record.id)),
         "margin": np.float32(0.0 if pref is None else pref.margin),
+        **extra,
     }
+
+
+def _mrope(is_image: np.ndarray, expansions: Sequence[Expansion], positions: np.ndarray, prefix_slots: int) -> np.ndarray:
+    """Rotary positions of the whole row: every answer goes on behind the largest number of the prefix."""
+    turning, n = np.broadcast_to(positions, (3, len(positions))).copy(), len(is_image)
+    turning[:, :n] = media_lib.rotary_positions(is_image, expansions)
+    turning[:, prefix_slots:] += turning[:, :n].max(initial=-1) + 1 - n
+    return turning
+
+
+def stack_rows(rows: Sequence[dict[str, Any]], layout: RowLayout) -> PairBatch:
+    """A batch `[b, ...]` of laid out rows."""
+    fields = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+    return PairBatch(**fields, prefix_slots=layout.prefix_slots, answer_slots=layout.answer_slots)
 
 
 def misfit(row: RowSize, layout: RowLayout) -> str:
@@ -171,7 +219,11 @@ def misfit(row: RowSize, layout: RowLayout) -> str:
     if row.prefix > layout.prefix_slots:
         return f"images and prompt take {row.prefix} tokens, there are {layout.prefix_slots} slots"
     if row.images > layout.images:
-        return f"the row has {row.images} images, there is room for {layout.images}"
+        return f"the row has {row.images} images or tiles, there is room for {layout.images}"
+    if row.canvas[0] > layout.canvas[0] or row.canvas[1] > layout.canvas[1]:
+        return f"a picture has {row.canvas} pixels, there is room for {layout.canvas}"
+    if row.patch_slots > layout.patch_slots:
+        return f"the pictures take {row.patch_slots} patches, there are {layout.patch_slots} slots"
     if row.longest > layout.answer_slots and not layout.shorten_answers:
         return f"an answer takes {row.longest} tokens, there are {layout.answer_slots} slots"
     if any(first >= min(length, layout.answer_slots) for first, length in zip(row.first_scored, row.answers, strict=True)):
@@ -187,23 +239,13 @@ def _shared(parts: list[tuple[np.ndarray, np.ndarray]]) -> int:
     return lead if same.all() else int(np.argmin(same))
 
 
-def _check_placeholders(prompt, parts, images: int, processor: RowProcessor, place: Place) -> None:
-    found = int(np.sum(prompt == processor.image_token_id))
-    if found != images * processor.image_tokens:
+def _check_placeholders(prompt, parts, expansions: Sequence[Expansion], processor: RowProcessor, place: Place) -> None:
+    found, wanted = int(np.isin(prompt, processor.image_token_ids).sum()), sum(len(medium.features) for medium in expansions)
+    if found != wanted:
         raise place.bad(
             "placeholder_mismatch",
-            f"{found} image tokens in the prompt for {images} images of {processor.image_tokens}",
+            f"{found} image tokens in the prompt for {len(expansions)} images of {wanted} together",
             "The chat template or a text adds image tokens of its own; remove them.",
         )
-    if any(np.any(ids == processor.image_token_id) for ids, _ in parts):
+    if any(np.isin(ids, processor.image_token_ids).any() for ids, _ in parts):
         raise place.bad("placeholder_mismatch", "an answer holds the image token", "Only prompts can show images; remove it.")
-
-
-def _images(record: PreferenceRecord, media: tuple[int, ...], processor: RowProcessor, layout: RowLayout, place: Place) -> np.ndarray:
-    """uint8[M, Y, W, 3]; slots without an image are zero, and no token points at their features."""
-    out = np.zeros((layout.images, *processor.size, 3), np.uint8)
-    for slot, index in enumerate(media):
-        data = record.media[index].data
-        picture = decode_image(data, max_pixels=layout.max_pixels, max_bytes=layout.max_bytes, file=place.file, row=place.row)
-        out[slot] = processor.pixels(picture)
-    return out

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from mmalign_jax.data.layout import RowProcessor, lay_out
@@ -59,7 +60,7 @@ class Loader:
         arrays = next(self._batches)
         self._behind += self._batch_size
         shape = (self._accumulate, self._batch_size // (self._accumulate * self._process[1]))
-        return _batch({name: value.reshape(*shape, *value.shape[1:]) for name, value in arrays.items()}, self._plan)
+        return _batch(jax.tree.map(lambda value: value.reshape(*shape, *value.shape[1:]), arrays), self._plan)
 
     def get_state(self) -> dict[str, int]:
         """What JSON can hold: the rows that all processes together have taken, and what the order depends on."""

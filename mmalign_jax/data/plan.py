@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -56,16 +56,6 @@ def preference_of(record: PreferenceRecord, index: int) -> Preference | None:
     return None if index < 0 else record.prefs[index]
 
 
-def measure(records: Records, processor: RowProcessor, *, answers: int, multiple: int = 8) -> RowLayout:
-    """The smallest layout that holds every row of `records`, its slots rounded up to `multiple`.
-
-    Raises:
-      DataError: see `tokenize`.
-    """
-    rows = [row.size for _, _, row in _rows(records, processor, answers)]
-    return _layout(rows, DataConfig(), answers, multiple)
-
-
 def plan_rows(records: Records, processor: RowProcessor, config: DataConfig, *, answers: int, multiple: int = 8) -> RowPlan:
     """Scans all rows and decides by `config.on_long_row` and `config.on_bad_row` what becomes of those that do not fit.
 
@@ -87,13 +77,13 @@ def plan_rows(records: Records, processor: RowProcessor, config: DataConfig, *, 
     rows: list[tuple[int, int, RowSize]] = []
     tokens: list[RowTokens] = []
     room = KEEP_TOKEN_BYTES
-    for index, pref, row in _rows(records, processor, answers, refuse):
+    for index, pref, row in _rows(records, processor, answers, config, refuse):
         rows.append((index, pref, row.size))
         room -= row.nbytes
         if room >= 0:
             tokens.append(row)
     bad = len(left_out)
-    layout = _layout([row for _, _, row in rows], config, answers, multiple)
+    layout = _layout([row for _, _, row in rows], processor, config, answers, multiple)
 
     items, kept, used = [], [], 0
     for number, (index, pref, row) in enumerate(rows):
@@ -120,33 +110,38 @@ def plan_rows(records: Records, processor: RowProcessor, config: DataConfig, *, 
     return RowPlan(layout, np.array(items, np.int32).reshape(-1, 2), counts, tuple(left_out), padding, known)
 
 
-def _rows(records: Records, processor: RowProcessor, answers: int, refuse=None) -> Iterator[tuple[int, int, RowTokens]]:
-    """Yields (record index, pref index, tokens); a row that cannot be tokenised goes to `refuse`, or is raised without one."""
+def _rows(
+    records: Records, processor: RowProcessor, answers: int, config: DataConfig, refuse: Callable[[DataError, str], None]
+) -> Iterator[tuple[int, int, RowTokens]]:
+    """Yields (record index, pref index, tokens); a row that cannot be tokenised goes to `refuse`."""
+    limits = {"max_pixels": config.max_image_pixels, "max_bytes": config.max_image_bytes}
     for index in range(len(records)):
         record = records[index]
         # one answer a row: the chosen one of the first preference
         for pref in (-1,) if not record.prefs else range(len(record.prefs) if answers > 1 else 1):
             try:
-                row = tokenize(record, preference_of(record, pref), processor, answers)
+                row = tokenize(record, preference_of(record, pref), processor, answers, **limits)
             except DataError as error:
-                if refuse is None:
-                    raise
                 refuse(error, record.id)
             else:
                 yield index, pref, row
 
 
-def _layout(rows: Sequence[RowSize], config: DataConfig, answers: int, multiple: int) -> RowLayout:
+def _layout(rows: Sequence[RowSize], processor: RowProcessor, config: DataConfig, answers: int, multiple: int) -> RowLayout:
     def slots(longest: int, limit: int) -> int:
         wanted = -(-longest // multiple) * multiple
         return min(wanted, limit) if limit else wanted
 
+    # a set of texts alone still has one (empty) picture, so that every batch has the same fields
+    blank = processor.pictures.blank
+    canvases = [blank.canvas, *(row.canvas for row in rows)]
     return RowLayout(
         prefix_slots=slots(max((row.prefix for row in rows), default=1), config.prefix_tokens),
         answer_slots=slots(max((row.longest for row in rows), default=1), config.answer_tokens),
         answers=answers,
-        # a set of texts alone still has one (empty) image slot, so that every batch has the same fields
-        images=max([1, *(row.images for row in rows)]),
+        images=max([blank.tiles, *(row.images for row in rows)]),
+        canvas=(max(y for y, _ in canvases), max(x for _, x in canvases)),
+        patch_slots=max([blank.slots, *(row.patch_slots for row in rows)]),
         shorten_answers=config.on_long_row == "shorten_answer",
         max_pixels=config.max_image_pixels,
         max_bytes=config.max_image_bytes,

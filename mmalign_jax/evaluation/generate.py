@@ -16,7 +16,7 @@ from mmalign_jax.data.loader import one_pass
 from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.processor import Processor
-from mmalign_jax.models.llava import Llava
+from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
 from mmalign_jax.types import PairBatch, PreferenceRecord
 
@@ -33,7 +33,7 @@ class Answered:
 class Generator:
     """Greedy generation with one model definition; parameters are given at each call, so that policies before and after share the compilation."""
 
-    def __init__(self, model: Llava, processor: Processor, mesh: Mesh, *, batch_size: int, max_new_tokens: int, data: DataConfig | None = None):
+    def __init__(self, model: Mllm, processor: Processor, mesh: Mesh, *, batch_size: int, max_new_tokens: int, data: DataConfig | None = None):
         self._processor, self._mesh, self._data = processor, mesh, data or DataConfig()
         self._rows = -(-batch_size // mesh_lib.batch_divisor(mesh)) * mesh_lib.batch_divisor(mesh)
         options = DecodeOptions(max_new_tokens, stop_ids=processor.eos_ids, banned_ids=processor.banned_ids)
@@ -66,9 +66,9 @@ class Generator:
         return out
 
 
-def _greedy(model: Llava, options: DecodeOptions, params: dict, batch: PairBatch) -> Samples:
-    features = model.encode_images(params, batch.images)
-    prefill = model.prefill(params, features, batch.tokens, batch.role, batch.positions, batch.image_index)
+def _greedy(model: Mllm, options: DecodeOptions, params: dict, batch: PairBatch) -> Samples:
+    features = model.encode_images(params, batch.images, batch.patches)
+    prefill = model.prefill(params, features, batch)
     start = LaneStart.behind_prefix(batch.role)
     keys = lane_keys(jax.random.key(0), batch.record_key, jnp.zeros_like(batch.record_key, jnp.int32), 1)
-    return decode_lanes(model, params, prefill, batch.role, batch.positions, start, keys, options)
+    return decode_lanes(model, params, prefill, batch, start, keys, options)

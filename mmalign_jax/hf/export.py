@@ -10,11 +10,11 @@ from jax.experimental import multihost_utils
 
 import mmalign_jax
 from mmalign_jax.errors import UserError
-from mmalign_jax.hf import files, names
+from mmalign_jax.hf import families, files, names
 from mmalign_jax.hf.files import read_json, write_bytes, write_json
 from mmalign_jax.hf.import_ import match, read_config
 from mmalign_jax.hf.safetensors_dir import DTYPES, Planned, Tensor, open_weights, write_weights
-from mmalign_jax.models.config import LlavaConfig
+from mmalign_jax.models.config import MllmConfig
 
 MARKER = "mmalign_export.json"  # tells a directory that may be overwritten
 _COPIED = (".json", ".jinja", ".txt", ".model")
@@ -73,11 +73,11 @@ def _check_target(base: pathlib.Path, out: pathlib.Path) -> None:
         raise UserError(f"{out}: holds files that are not an export of mmalign_jax; give an empty or new directory")
 
 
-def _plan(params: Mapping[str, Any], config: LlavaConfig, base: pathlib.Path, dtype: str) -> list[Planned]:
+def _plan(params: Mapping[str, Any], config: MllmConfig, base: pathlib.Path, dtype: str) -> list[Planned]:
     """Every tensor of the base, leaf by leaf of the tree and then the ones outside it; larger types first, which keeps them aligned."""
     found = match(open_weights(base), config, base)
     planned = []
-    for entry in names.entries(config):
+    for entry in families.of(config).names(config).entries:
         if entry.path[0] not in params:
             continue  # a part that did not train is copied below
         leaf = names.leaf_at(params, entry.path)
@@ -120,7 +120,7 @@ def _cast(values: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return cast
 
 
-def _copy_files(base: pathlib.Path, fresh: pathlib.Path, config: LlavaConfig, dtype: str) -> None:
+def _copy_files(base: pathlib.Path, fresh: pathlib.Path, config: MllmConfig, dtype: str) -> None:
     for file in sorted(base.iterdir()):
         licence = file.name.upper().startswith(("LICENSE", "NOTICE")) and file.suffix in ("", ".md")
         weights = file.name.endswith(".index.json") or file.name == MARKER
@@ -137,25 +137,20 @@ def _copy_files(base: pathlib.Path, fresh: pathlib.Path, config: LlavaConfig, dt
     _complete_processor(fresh, config)
 
 
-def _complete_processor(fresh: pathlib.Path, config: LlavaConfig) -> None:
+def _complete_processor(fresh: pathlib.Path, config: MllmConfig) -> None:
     """Writes the absent one of two files: transformers 5 writes `processor_config.json`, version 4 and llama.cpp read the other."""
     old, new = fresh / "preprocessor_config.json", fresh / "processor_config.json"
+    family = families.of(config)
     if new.is_file() and not old.is_file():
         values = read_json(new)
         if isinstance(values.get("image_processor"), dict):
-            write_json(old, {"processor_class": "LlavaProcessor"} | values["image_processor"])
+            write_json(old, {"processor_class": family.processor_class} | values["image_processor"])
     elif old.is_file() and not new.is_file():
-        write_json(new, {
-            "processor_class": "LlavaProcessor",
-            "image_token": _image_token(fresh, config),
-            "num_additional_image_tokens": 1,  # CLIP's class token, which the strategy "default" then takes away
-            "patch_size": config.vision.patch_size,
-            "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
-            "image_processor": read_json(old),
-        })  # fmt: skip
+        values = {"processor_class": family.processor_class, **family.processor_values(config, _image_token(fresh, config))}
+        write_json(new, values | {"image_processor": read_json(old)})
 
 
-def _image_token(fresh: pathlib.Path, config: LlavaConfig) -> str:
+def _image_token(fresh: pathlib.Path, config: MllmConfig) -> str:
     file = fresh / "tokenizer.json"
     added = read_json(file).get("added_tokens", [])
     found = [token["content"] for token in added if token["id"] == config.image_token_id]

@@ -1,4 +1,4 @@
-"""A new LLaVA directory with random weights: what the built-in world trains from, and what tests use without torch."""
+"""A new model directory with random weights: what the built-in world trains from, and what tests use without torch."""
 
 import copy
 import dataclasses
@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from mmalign_jax.errors import UserError
-from mmalign_jax.hf import names
+from mmalign_jax.hf import families, names
 from mmalign_jax.hf.files import make_sibling, move_into_place, write_json
 from mmalign_jax.hf.safetensors_dir import DTYPES, Planned, write_weights
-from mmalign_jax.models import config as model_config
-from mmalign_jax.models.config import LlavaConfig
+from mmalign_jax.models.config import MllmConfig
 
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
 
@@ -40,7 +39,7 @@ class Init:
     residual: bool = True
 
 
-def initial(entry: names.Entry, config: LlavaConfig, init: Init, random: np.random.Generator) -> np.ndarray:
+def initial(entry: names.Entry, config: MllmConfig, init: Init, random: np.random.Generator) -> np.ndarray:
     """One new tensor, float32, in its Hugging Face shape: norms 1 and 0, biases 0, everything else normal."""
     stack, *_, leaf = entry.path
     normal = lambda std: random.normal(0.0, std, entry.hf_shape).astype(np.float32)  # noqa: E731
@@ -50,7 +49,7 @@ def initial(entry: names.Entry, config: LlavaConfig, init: Init, random: np.rand
         return np.zeros(entry.hf_shape, np.float32)
     if leaf == "embedding":
         return normal(init.embedding_std)
-    if leaf in ("class_embedding", "position_embedding"):
+    if leaf in ("class_token", "positions", "newline"):
         return normal(init.position_std)
     std = init.gain / np.prod(entry.hf_shape[1:]) ** 0.5
     if init.residual and entry.path[-2] in ("out", "down"):
@@ -74,7 +73,7 @@ def write_fresh(
 
     Args:
       directory: missing or empty.
-      hf_config: as `config.json`; `text_config`, `vision_config` and `image_token_index` are required.
+      hf_config: as `config.json` of a LLaVA; `text_config`, `vision_config` and `image_token_index` are required.
       seed: of the weights.
       write_tokenizer: writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` into the directory it is given.
       init: widths of the weights.
@@ -90,6 +89,7 @@ def write_fresh(
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(_DTYPES)}")
     config, values = _complete(hf_config, dtype)
+    table = families.of(config).names(config)
     fresh = make_sibling(directory)
     write_json(fresh / "config.json", values)
     special = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -100,15 +100,15 @@ def write_fresh(
     def plan(entry: names.Entry, reduced: str) -> Planned:
         random = np.random.default_rng([seed, *hashlib.sha256(reduced.encode()).digest()])
         make = lambda: initial(entry, config, init or Init(), random).astype(_DTYPES[dtype])  # noqa: E731
-        return Planned(names.hub_name(reduced), _DTYPES[dtype], entry.hf_shape, make)
+        return Planned(table.hub_name(reduced), _DTYPES[dtype], entry.hf_shape, make)
 
-    planned = [plan(entry, reduced) for entry in names.all_entries(config) for reduced in entry.names]
+    planned = [plan(entry, reduced) for entry in (*table.entries, *table.behind) for reduced in entry.names]
     write_weights(fresh, planned, shard_bytes=5_000_000_000)
     move_into_place(directory)
     return directory
 
 
-def _complete(hf_config: Mapping[str, Any], dtype: str) -> tuple[LlavaConfig, dict[str, Any]]:
+def _complete(hf_config: Mapping[str, Any], dtype: str) -> tuple[MllmConfig, dict[str, Any]]:
     values = copy.deepcopy(dict(hf_config))
     for key in ("text_config", "vision_config", "image_token_index"):
         if key not in values:
@@ -117,11 +117,11 @@ def _complete(hf_config: Mapping[str, Any], dtype: str) -> tuple[LlavaConfig, di
     values = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"} | values | fixed
     values["text_config"] = {"model_type": "llama"} | values["text_config"]
     values["vision_config"] = {"model_type": "clip_vision_model"} | values["vision_config"]
-    config = model_config.from_hf(values, where="the new model's config")
+    config = families.read(values, where="the new model's config")
     return config, values | {"image_seq_length": config.image_tokens}
 
 
-def _write_processor(directory: pathlib.Path, config: LlavaConfig, mean: tuple, std: tuple) -> None:
+def _write_processor(directory: pathlib.Path, config: MllmConfig, mean: tuple, std: tuple) -> None:
     side = config.vision.image_size
     images = {
         "image_processor_type": "CLIPImageProcessor",
@@ -138,11 +138,5 @@ def _write_processor(directory: pathlib.Path, config: LlavaConfig, mean: tuple, 
         "image_std": list(std),
     }
     write_json(directory / "preprocessor_config.json", {"processor_class": "LlavaProcessor"} | images)
-    write_json(directory / "processor_config.json", {
-        "processor_class": "LlavaProcessor",
-        "image_token": "<image>",
-        "num_additional_image_tokens": 1,
-        "patch_size": config.vision.patch_size,
-        "vision_feature_select_strategy": "full" if config.keep_class_token else "default",
-        "image_processor": images,
-    })  # fmt: skip
+    values = families.of(config).processor_values(config, "<image>")
+    write_json(directory / "processor_config.json", {"processor_class": "LlavaProcessor", **values, "image_processor": images})

@@ -1,4 +1,4 @@
-"""A checkpoint's processor: images to pixels, turns and answers to token ids, as transformers' `LlavaProcessor` does, without torch.
+"""A checkpoint's processor: turns and answers to token ids, as transformers' processors do, without torch. Pixels: `hf.pictures`.
 
 Nothing is truncated or replaced: a word without a token, or a special token written in a user's text, is an error.
 """
@@ -7,18 +7,19 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jinja2
 import numpy as np
-import PIL.Image
 import transformers
-from jaxtyping import Bool, Int32, UInt8
+from jaxtyping import Bool, Int32
 
 from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.hf.files import read_json
-from mmalign_jax.models.config import LlavaConfig
+from mmalign_jax.hf import families
+from mmalign_jax.hf.pictures import Expansion, Pictures, RowTraits
+from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.types import Turn
 
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*\s*$")
@@ -46,49 +47,56 @@ class Processor:
     """Made by `load_processor`.
 
     Args:
-      image_token_id, image_tokens: the placeholder and how many of it one image takes.
-      size: height and width of the pixels.
+      pictures: the family's pictures: pixels, and what stands in the prompt for each.
+      image_token_ids: tokens on which image features land.
       mean, std: float32 triples; the tower sees `(pixels / 255 - mean) / std`.
       eos_ids: tokens that end an answer; the first one is written after answers.
       banned_ids: tokens that must never be generated: special tokens but those of `eos_ids`, and ids without a token.
       sentence_end_ids: tokens whose text ends with a full stop, an exclamation or a question mark, closing quotes aside.
       pad_id: fills slots that are masked; the tokenizer's padding token, or else the first of `eos_ids`.
+      traits: what a row's arrays depend on beside the tokens.
     """
 
-    image_token_id: int
-    image_tokens: int
-    size: tuple[int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    pictures: Pictures
+    image_token_ids: tuple[int, ...]
     eos_ids: tuple[int, ...]
     banned_ids: tuple[int, ...]
     sentence_end_ids: tuple[int, ...]
     pad_id: int
+    traits: RowTraits
     _tokenizer: Any = dataclasses.field(repr=False)
-    _images: Any = dataclasses.field(repr=False)
+    _chat_template: str | None = dataclasses.field(repr=False, default=None)
 
-    def pixels(self, image: PIL.Image.Image) -> UInt8[np.ndarray, "Y W 3"]:
-        """Resizes and crops as the checkpoint's processor does; `mean` and `std` are for the device to apply."""
-        values = self._images.preprocess(image, do_convert_rgb=True, do_rescale=False, do_normalize=False)["pixel_values"][0]
-        pixels = np.ascontiguousarray(np.asarray(values).transpose(1, 2, 0))
-        if pixels.shape != (*self.size, 3) or pixels.dtype != np.uint8:
-            raise UserError(f"the image processor made {pixels.dtype}{pixels.shape} of an image, the model takes uint8{(*self.size, 3)}")
-        return pixels
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        return self.pictures.mean
 
-    def render(self, turns: Sequence[Turn]) -> str:
-        """The prompt as text, with one image token an image and ending where the answer begins.
+    @property
+    def std(self) -> tuple[float, float, float]:
+        return self.pictures.std
+
+    def render(self, turns: Sequence[Turn], videos: Collection[int] = ()) -> str:
+        """The prompt as text, with one placeholder a picture or video and ending where the answer begins.
+
+        Args:
+          videos: which of the media, in the order of their placeholders, are videos.
 
         Raises:
           UserError: a text holds a special token, or the chat template refuses the turns or leaves some of them out.
         """
-        messages = []
+        messages, placed = [], 0
         for turn in turns:
-            parts = [{"type": "image"} if part.text is None else {"type": "text", "text": self._plain(part.text)} for part in turn.parts]
+            parts = []
+            for part in turn.parts:
+                if part.text is None:
+                    parts.append({"type": "video" if placed in videos else "image"})
+                    placed += 1
+                else:
+                    parts.append({"type": "text", "text": self._plain(part.text)})
             messages.append({"role": turn.role, "content": parts})
         text = self._template(messages, True)
-        placed, wanted = text.count(self._image_token), sum(part.text is None for turn in turns for part in turn.parts)
-        if placed != wanted:
-            raise UserError(f"the chat template wrote {placed} image placeholders for {wanted} images")
+        if (found := len(self._placeholders.findall(text))) != placed:
+            raise UserError(f"the chat template wrote {found} image placeholders for {placed} images")
         at = 0
         for turn in turns:
             for part in turn.parts:
@@ -99,17 +107,21 @@ class Processor:
                     at = found + len(part.text.strip())
         return text
 
-    def prompt_ids(self, turns: Sequence[Turn]) -> Int32[np.ndarray, " P"]:
-        """Token ids of the rendered prompt: one beginning-of-sequence token where the tokenizer writes one, every image expanded.
+    def prompt_ids(self, turns: Sequence[Turn], expansions: Sequence[Expansion]) -> Int32[np.ndarray, " P"]:
+        """Token ids of the rendered prompt: one beginning-of-sequence token where the tokenizer writes one, every picture expanded.
+
+        Args:
+          expansions: of the media, in the order of their placeholders.
 
         Raises:
           UserError: see `render`; or the tokenizer has no token for a word.
         """
-        text = self.render(turns)
-        ids = self._encode(text)[0]
+        text = self.render(turns, [number for number, medium in enumerate(expansions) if medium.video])
+        left = iter(expansions)
+        ids = self._encode(self._placeholders.sub(lambda _: next(left).text, text))[0]
         if self._writes_bos and not text.startswith(self._tokenizer.bos_token):
             ids = np.concatenate([[self._tokenizer.bos_token_id], ids])
-        return np.repeat(ids, np.where(ids == self.image_token_id, self.image_tokens, 1)).astype(np.int32)
+        return ids.astype(np.int32)
 
     def answer(self, text: str, prefix: str = "") -> Answer:
         """Tokenises an answer as it stands after the generation prompt and ends it.
@@ -148,17 +160,15 @@ class Processor:
         answer = self.answer(text, prefix)
         return answer.ids, answer.scored
 
-    def answer_offsets(self, text: str) -> Int32[np.ndarray, "R 2"]:
-        """Character spans of the tokens of `answer`."""
-        return self.answer(text).spans
-
     def decode(self, ids: Sequence[int] | Int32[np.ndarray, " R"]) -> str:
         """The text of an answer's tokens, without special tokens and surrounding space."""
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
     def _template(self, messages: list[dict], add_generation_prompt: bool) -> str:
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+            return self._tokenizer.apply_chat_template(
+                messages, chat_template=self._chat_template, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except jinja2.TemplateError as error:
             raise UserError(f"the chat template refuses these turns: {error}") from error
 
@@ -196,13 +206,15 @@ class Processor:
         return prompt, after[:at], trimmed
 
     @functools.cached_property
-    def _image_token(self) -> str:
-        return self._tokenizer.convert_ids_to_tokens(self.image_token_id)
+    def _placeholders(self) -> re.Pattern:
+        known = filter(None, (self.pictures.placeholder, self.pictures.video_placeholder))
+        return re.compile("|".join(map(re.escape, known)))
 
     @functools.cached_property
     def _specials(self) -> tuple[str, ...]:
         special = (str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special)
-        return tuple(dict.fromkeys([self._image_token, *special]))
+        images = self._tokenizer.convert_ids_to_tokens(list(self.image_token_ids))
+        return tuple(dict.fromkeys([self.pictures.placeholder, *images, *special]))
 
     @functools.cached_property
     def _writes_bos(self) -> bool:
@@ -210,17 +222,18 @@ class Processor:
         return bos is not None and self._tokenizer("a")["input_ids"][:1] == [bos]
 
 
-def load_processor(directory: str | pathlib.Path, config: LlavaConfig) -> Processor:
+def load_processor(directory: str | pathlib.Path, config: MllmConfig) -> Processor:
     """Reads tokenizer, chat template and image processor. Nothing in the directory is executed, nothing is fetched.
 
     Raises:
       UserError: a file is missing or does not fit the model's config.
     """
-    directory = pathlib.Path(directory)
-    tokenizer = _load_tokenizer(directory)
-    images = _load_images(directory)
-    if config.image_token_id >= len(tokenizer) or config.image_token_id not in tokenizer.added_tokens_decoder:
-        raise UserError(f"{directory}: config.json's image token {config.image_token_id} is not an added token of the tokenizer")
+    directory, family = pathlib.Path(directory), families.of(config)
+    tokenizer = _load_tokenizer(directory, family.chat_template)
+    image_ids = tuple(token for token in (config.image_token_id, config.video_token_id) if token is not None)
+    for token in image_ids:
+        if token >= len(tokenizer) or token not in tokenizer.added_tokens_decoder:
+            raise UserError(f"{directory}: config.json's image token {token} is not an added token of the tokenizer")
     if len(tokenizer) > config.decoder.vocab_size:
         raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.decoder.vocab_size}")
     eos = _eos_ids(directory, tokenizer)
@@ -228,27 +241,20 @@ def load_processor(directory: str | pathlib.Path, config: LlavaConfig) -> Proces
     without_token = set(range(config.decoder.vocab_size)) - set(tokenizer.get_vocab().values())
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))], clean_up_tokenization_spaces=False)
     ends = [token for token, text in enumerate(texts) if token not in special and _SENTENCE_END.search(text)]
-    scale = 255 * images.rescale_factor if images.do_rescale else 255
-    mean = images.image_mean if images.do_normalize else (0.0, 0.0, 0.0)
-    std = images.image_std if images.do_normalize else (1.0, 1.0, 1.0)
-    processor = Processor(
-        image_token_id=config.image_token_id,
-        image_tokens=config.image_tokens,
-        size=(config.vision.image_size,) * 2,
-        mean=tuple(float(value / scale) for value in mean),
-        std=tuple(float(value / scale) for value in std),
+    return Processor(
+        pictures=family.pictures(directory, config, tokenizer),
+        image_token_ids=image_ids,
         eos_ids=eos,
-        banned_ids=tuple(sorted((special | without_token | {config.image_token_id}) - set(eos))),
+        banned_ids=tuple(sorted((special | without_token | set(image_ids)) - set(eos))),
         sentence_end_ids=tuple(ends),
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0],
+        traits=RowTraits.of(config),
         _tokenizer=tokenizer,
-        _images=images,
+        _chat_template=None if isinstance(tokenizer.chat_template, str) else family.chat_template,
     )
-    processor.pixels(PIL.Image.new("RGB", (3, 2)))  # sizes that do not fit the model show here and not in the first row
-    return processor
 
 
-def _load_tokenizer(directory: pathlib.Path) -> Any:
+def _load_tokenizer(directory: pathlib.Path, chat_template: str | None) -> Any:
     for name in ("tokenizer_config.json", "tokenizer.json"):
         read_json(directory / name)
     try:
@@ -258,20 +264,11 @@ def _load_tokenizer(directory: pathlib.Path) -> Any:
     legacy = directory / "chat_template.json"  # transformers 4 wrote it, and only its processors read it
     if not (directory / "chat_template.jinja").is_file() and legacy.is_file():
         tokenizer.chat_template = read_json(legacy).get("chat_template")
-    if not isinstance(tokenizer.chat_template, str):
+    if not isinstance(tokenizer.chat_template, str) and chat_template is None:
         raise UserError(f"{directory}: no chat template; expected chat_template.jinja")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{directory / 'tokenizer_config.json'}: the tokenizer has no eos_token")
     return tokenizer
-
-
-def _load_images(directory: pathlib.Path) -> Any:
-    if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise UserError(f"{directory}: no image processor; expected preprocessor_config.json or processor_config.json")
-    try:
-        return transformers.AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory}: the image processor cannot be loaded ({error})") from error
 
 
 def _eos_ids(directory: pathlib.Path, tokenizer: Any) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ def answer_logps(
     *,
     prefix_slots: int,
     answer_slots: int,
+    softcap: float | None = None,
     chunk: int = 128,
 ) -> tuple[Float[Array, "B K R"], Bool[Array, "B K R"]]:
     """Log-probs of the answer tokens of packed rows `[prefix | answer 1 | ... | answer K]` (`types.PairBatch`).
@@ -35,6 +36,7 @@ def answer_logps(
       head: output kernel.
       prefix_slots: P.
       answer_slots: R.
+      softcap: logits become softcap * tanh(logits / softcap) (arXiv 2408.00118); None leaves them.
       chunk: most positions of a row whose logits exist at one time.
 
     Returns:
@@ -53,7 +55,7 @@ def answer_logps(
         answer_role = FIRST_ANSWER + jnp.arange(slots) // answer_slots
         mask = role[:, prefix_slots:] == answer_role
         predicting = jnp.where(mask[..., None], _predicting(hidden, role, prefix_slots, answers), 0)
-        logps = _chunked_logps(predicting, _gathered(head), tokens[:, prefix_slots:], chunk)
+        logps = _chunked_logps(predicting, _gathered(head), tokens[:, prefix_slots:], chunk, softcap)
         # after the selection, so that a gradient of exactly 0 goes to slots off the answers
         logps = jnp.where(mask, logps, 0.0)
     return logps.reshape(rows, answers, answer_slots), mask.reshape(rows, answers, answer_slots)
@@ -88,7 +90,9 @@ def _gathered(head: Float[Array, "D V"]) -> Float[Array, "D V"]:
     return jax.sharding.reshard(head, spec)
 
 
-def _chunked_logps(hidden: Float[Array, "B S D"], head: Float[Array, "D V"], labels: Int[Array, "B S"], chunk: int) -> Float[Array, "B S"]:
+def _chunked_logps(
+    hidden: Float[Array, "B S D"], head: Float[Array, "D V"], labels: Int[Array, "B S"], chunk: int, softcap: float | None
+) -> Float[Array, "B S"]:
     rows, slots, _ = hidden.shape
     chunks = math.ceil(slots / chunk)
     size = math.ceil(slots / chunks)  # even chunks: fewer than `chunks` slots of padding
@@ -98,15 +102,19 @@ def _chunked_logps(hidden: Float[Array, "B S D"], head: Float[Array, "D V"], lab
         return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
 
     def body(_: None, hidden_and_labels: tuple[Array, Array]) -> tuple[None, Array]:
-        return None, _token_logps(*hidden_and_labels, head)
+        return None, _token_logps(*hidden_and_labels, head, softcap)
 
     # prevent_cse only matters outside of a scan
     _, logps = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, (split(hidden), split(labels)))
     return jnp.moveaxis(logps, 0, 1).reshape(rows, chunks * size)[:, :slots]
 
 
-def _token_logps(hidden: Float[Array, "B S D"], labels: Int[Array, "B S"], head: Float[Array, "D V"]) -> Float[Array, "B S"]:
+def _token_logps(
+    hidden: Float[Array, "B S D"], labels: Int[Array, "B S"], head: Float[Array, "D V"], softcap: float | None
+) -> Float[Array, "B S"]:
     logits = jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
     # a selection and not a lookup: the vocabulary may be sharded
     is_label = labels[..., None] == jnp.arange(head.shape[1])
     return jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)

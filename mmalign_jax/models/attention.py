@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mmalign_jax import mesh
-from mmalign_jax.models.config import RopeConfig
+from mmalign_jax.models.config import DecoderConfig, RopeConfig
 from mmalign_jax.types import PAD, PREFIX
 
 _NEVER = -1e30  # finite, so that a row of padding, which sees nothing, is not NaN
@@ -14,26 +15,43 @@ _NEVER = -1e30  # finite, so that a row of padding, which sees nothing, is not N
 def packed_mask(
     role: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    sliding_window: int | None = None,
+    image: Int[Array, "B T"],
+    *,
+    window: int | None = None,
+    bidirectional: str = "none",
     visible: Bool[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T T"]:
     """Who sees whom in a packed row: causal by position, and an answer sees the prefix and itself but no other answer.
 
-    The window counts positions, not slots, so that every answer sees as far back as it would alone.
-    `visible` hides keys from every query (BDHS: image tokens that the policy may not use).
+    Args:
+      image: number of the image that a token is part of, -1 for text.
+      window: counts positions back, not slots, so that every answer sees as far back as it would alone.
+      bidirectional: `DecoderConfig.bidirectional`. The window bounds what an image sees of itself (Gemma 3), not what is seen of the
+        prefix (PaliGemma 2), as in transformers.
+      visible: hides keys from every query (BDHS: image tokens that the policy may not use).
     """
     query, key = role[:, :, None], role[:, None, :]
-    allowed = (key != PAD) & ((key == PREFIX) | (key == query))
-    allowed &= positions[:, None, :] <= positions[:, :, None]
-    if sliding_window is not None:
-        allowed &= positions[:, :, None] - positions[:, None, :] < sliding_window
+    branch = (key != PAD) & ((key == PREFIX) | (key == query))
+    allowed = positions[:, None, :] <= positions[:, :, None]
+    if bidirectional == "image":
+        allowed |= (image[:, :, None] == image[:, None, :]) & (image >= 0)[:, :, None]
+    if window is not None:
+        allowed &= positions[:, :, None] - positions[:, None, :] < window
+    if bidirectional == "prefix":
+        allowed |= key == PREFIX
+    allowed &= branch
     if visible is not None:
         allowed &= visible[:, None, :]
     return allowed
 
 
-def rope_tables(config: RopeConfig, width: int, positions: Int[Array, "*b"]) -> tuple[Float[Array, "*b E"], Float[Array, "*b E"]]:
-    """cos and sin of the rotary angles in float32 (arXiv 2104.09864; llama3 scaling as in transformers' `modeling_rope_utils`)."""
+def rope_tables(
+    config: RopeConfig, width: int, positions: Int[Array, "*b"] | Int[Array, "B 3 T"]
+) -> tuple[Float[Array, "*c E"], Float[Array, "*c E"]]:
+    """cos and sin of the rotary angles in float32 (arXiv 2104.09864; llama3 scaling as in transformers' `modeling_rope_utils`).
+
+    With `config.sections` and positions `[B, 3, T]` each frequency turns with time, row or column; the result is `[B, T, E]`.
+    """
     inverse = config.theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     if config.kind == "linear":
         inverse = inverse / config.factor
@@ -44,9 +62,23 @@ def rope_tables(config: RopeConfig, width: int, positions: Int[Array, "*b"]) -> 
         blend = (config.original_max_positions / wavelength - config.low_freq_factor) / (config.high_freq_factor - config.low_freq_factor)
         smooth = (1 - blend) * inverse / config.factor + blend * inverse
         inverse = jnp.where(wavelength > low, inverse / config.factor, jnp.where(wavelength < high, inverse, smooth))
-    angles = positions.astype(jnp.float32)[..., None] * inverse
+    if config.sections and positions.ndim == 3:
+        turning = positions.astype(jnp.float32)[:, _axis_of_frequency(config)]
+        angles = turning.transpose(0, 2, 1) * inverse
+    else:
+        angles = positions.astype(jnp.float32)[..., None] * inverse
     angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def _axis_of_frequency(config: RopeConfig) -> np.ndarray:
+    """0, 1 or 2 for each of the E / 2 frequencies: whether it turns with time, row or column."""
+    if not config.interleaved:
+        return np.repeat(np.arange(3), config.sections)
+    axes = np.zeros(sum(config.sections), np.int32)
+    for axis in (1, 2):
+        axes[axis : 3 * config.sections[axis] : 3] = axis
+    return axes
 
 
 def rotate(x: Float[Array, "*b H E"], cos: Float[Array, "*b E"], sin: Float[Array, "*b E"]) -> Float[Array, "*b H E"]:
@@ -56,22 +88,33 @@ def rotate(x: Float[Array, "*b H E"], cos: Float[Array, "*b E"], sin: Float[Arra
     return x * cos[..., None, :].astype(x.dtype) + turned * sin[..., None, :].astype(x.dtype)
 
 
-def _softmax(scores: Float[Array, "*b K"], mask: Bool[Array, "*#b K"]) -> Float[Array, "*b K"]:
-    return jax.nn.softmax(jnp.where(mask, scores.astype(jnp.float32), _NEVER), axis=-1)
+def _softmax(scores: Float[Array, "*b K"], mask: Bool[Array, "*#b K"], config: DecoderConfig) -> Float[Array, "*b K"]:
+    scores = scores.astype(jnp.float32) * (config.head_width**-0.5 if config.query_scale is None else config.query_scale)
+    return jax.nn.softmax(jnp.where(mask, softcap(scores, config.attention_softcap), _NEVER), axis=-1)
+
+
+def softcap(x: Float[Array, "*b"], cap: float | None) -> Float[Array, "*b"]:
+    """cap * tanh(x / cap), or `x` without a cap (arXiv 2408.00118, section 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attend(
-    query: Float[Array, "B T H E"], key: Float[Array, "B T G E"], value: Float[Array, "B T G E"], mask: Bool[Array, "B T T"]
+    config: DecoderConfig,
+    query: Float[Array, "B T H E"],
+    key: Float[Array, "B T G E"],
+    value: Float[Array, "B T G E"],
+    mask: Bool[Array, "B T T"],
 ) -> Float[Array, "B T H E"]:
     """Dense grouped-query attention; softmax in float32."""
     grouped = _group(query, key.shape[-2])
-    scores = jnp.einsum("btgre,bsge->bgrts", grouped, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
-    weights = _softmax(scores, mask[:, None, None]).astype(value.dtype)
+    scores = jnp.einsum("btgre,bsge->bgrts", grouped, key, preferred_element_type=jnp.float32)
+    weights = _softmax(scores, mask[:, None, None], config).astype(value.dtype)
     mixed = jnp.einsum("bgrts,bsge->btgre", weights, value)
     return mesh.reshape(mixed, query.shape, "batch", None, "heads", None)
 
 
 def attend_lanes(
+    config: DecoderConfig,
     query: Float[Array, "B S H E"],
     key: Float[Array, "B T G E"],
     value: Float[Array, "B T G E"],
@@ -85,12 +128,11 @@ def attend_lanes(
     The shared keys are read once for all lanes of a row; nothing is copied into the lanes.
     """
     grouped = _group(query, key.shape[-2])
-    scale = query.shape[-1] ** -0.5
-    shared = jnp.einsum("bsgre,btge->bgrst", grouped, key, preferred_element_type=jnp.float32) * scale
-    own = jnp.einsum("bsgre,bsxge->bgrsx", grouped, tail_key, preferred_element_type=jnp.float32) * scale
+    shared = jnp.einsum("bsgre,btge->bgrst", grouped, key, preferred_element_type=jnp.float32)
+    own = jnp.einsum("bsgre,bsxge->bgrsx", grouped, tail_key, preferred_element_type=jnp.float32)
     tail = mesh.constrain(jnp.broadcast_to(tail_mask, (*mask.shape[:2], tail_mask.shape[0])), "batch", None, None)
     both_mask = jnp.concatenate([mask, tail], axis=-1)[:, None, None]
-    weights = _softmax(jnp.concatenate([shared, own], axis=-1), both_mask).astype(value.dtype)
+    weights = _softmax(jnp.concatenate([shared, own], axis=-1), both_mask, config).astype(value.dtype)
     split = key.shape[1]
     mixed = jnp.einsum("bgrst,btge->bsgre", weights[..., :split], value)
     mixed = mixed + jnp.einsum("bgrsx,bsxge->bsgre", weights[..., split:], tail_value)

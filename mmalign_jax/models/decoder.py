@@ -1,10 +1,11 @@
-"""The Llama/Mistral decoder: one text for packed rows, prefill and decode lanes."""
+"""The decoder of the Llama line: one text for packed rows, prefill and decode lanes, and for Llama, Mistral, Qwen and Gemma."""
 
 import dataclasses
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mmalign_jax.models.attention import attend, attend_lanes, rope_tables, rotate
@@ -23,25 +24,67 @@ class KeyValues:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Lanes:
-    """What one decode step needs beside the layer's caches: who sees which shared slot, and how long the tails are."""
-
-    shared_mask: Bool[Array, "B S T"]
-    index: Int[Array, ""]  # slot of the tails that this step fills
+class LayerCache:
+    shared: KeyValues
+    tail: KeyValues
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerCache:
-    shared: KeyValues
-    tail: KeyValues
+class Masks:
+    """Who sees whom, in full and in windowed layers; either is None where no layer needs it. `[B T T]`, or `[B S T]` of lanes."""
+
+    full: Bool[Array, "B S T"] | None
+    local: Bool[Array, "B S T"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """What the layers share beside their input.
+
+    Args:
+      rope, local_rope: cos and sin of full and of windowed layers; `local_rope` is None where they are the same.
+      index: slot of the tails that this step fills; None for packed rows.
+      deep: what is added to the hidden states behind each of the first J layers (DeepStack, arXiv 2406.04334).
+    """
+
+    masks: Masks
+    rope: tuple[Array, Array]
+    local_rope: tuple[Array, Array] | None = None
+    index: Int[Array, ""] | None = None
+    deep: Float[Array, "J B T D"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _This:
+    """What is a layer's own: its cache, its number, and whether it has the window."""
+
+    cache: LayerCache | None
+    number: Int[Array, ""]
+    local: Bool[Array, ""]
+
+
+def local_layers(config: DecoderConfig) -> np.ndarray:
+    """bool[L]: which layers see only the window."""
+    if config.sliding_window is None:
+        return np.zeros(config.layers, bool)
+    return np.array(config.local_layers or (True,) * config.layers)
+
+
+def _choose(local: Bool[Array, ""], here: Array | None, elsewhere: Array | None) -> Array:
+    """`here` in windowed layers. Where only one of the two is given, all layers are of one kind."""
+    if here is None or elsewhere is None:
+        return elsewhere if here is None else here
+    return jnp.where(local, here, elsewhere)
 
 
 class _Attention(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], cache: LayerCache | None, cos: Array, sin: Array, how: Array | Lanes):
+    def __call__(self, x: Float[Array, "B T D"], this: _This, layers: Layers):
         c = self.config
 
         def project(name: str, heads: int, axis: str) -> Array:
@@ -49,18 +92,25 @@ class _Attention(nn.Module):
             shape, kernel_axes, out_axes = (c.width, heads, c.head_width), ("embed", axis, None), ("batch", None, axis, None)
             return Linear("btd,dhe->bthe", shape, kernel_axes, out_axes, bias, (axis, None), name=name)(x)
 
-        query = rotate(project("query", c.heads, "heads"), cos, sin)
-        new = KeyValues(rotate(project("key", c.kv_heads, "kv_heads"), cos, sin), project("value", c.kv_heads, "kv_heads"))
-        if isinstance(how, Lanes):
-            new = KeyValues(_put(cache.tail.key, new.key, how.index), _put(cache.tail.value, new.value, how.index))
+        query, key, value = project("query", c.heads, "heads"), project("key", c.kv_heads, "kv_heads"), project("value", c.kv_heads, "kv_heads")
+        if c.qk_norm:
+            query = RMSNorm(c.norm_eps, c.norm_offset, name="query_norm")(query)
+            key = RMSNorm(c.norm_eps, c.norm_offset, name="key_norm")(key)
+        local_rope = layers.local_rope or (None, None)
+        cos, sin = (_choose(this.local, here, elsewhere) for here, elsewhere in zip(local_rope, layers.rope, strict=True))
+        query, new = rotate(query, cos, sin), KeyValues(rotate(key, cos, sin), value)
+        mask = _choose(this.local, layers.masks.local, layers.masks.full)
+        if layers.index is not None:
+            new = KeyValues(_put(this.cache.tail.key, new.key, layers.index), _put(this.cache.tail.value, new.value, layers.index))
             slots = jnp.arange(new.key.shape[2])
-            tail_mask = slots <= how.index
+            tail_mask = slots <= layers.index
             if c.sliding_window is not None:
-                tail_mask &= how.index - slots < c.sliding_window
-            mixed = attend_lanes(query, cache.shared.key, cache.shared.value, how.shared_mask, new.key, new.value, tail_mask)
+                tail_mask &= ~this.local | (layers.index - slots < c.sliding_window)
+            shared = this.cache.shared
+            mixed = attend_lanes(c, query, shared.key, shared.value, mask, new.key, new.value, tail_mask)
         else:
-            mixed = attend(query, new.key, new.value, how)
-        bias = (c.width,) if c.attention_bias else ()
+            mixed = attend(c, query, new.key, new.value, mask)
+        bias = (c.width,) if c.out_bias else ()
         shape, kernel_axes = (c.heads, c.head_width, c.width), ("heads", None, "embed")
         return Linear("bthe,hed->btd", shape, kernel_axes, ("batch", None, None), bias, (None,), name="out")(mixed), new
 
@@ -89,11 +139,19 @@ class _Block(nn.Module):
     keep_cache: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], cache: LayerCache | None, cos: Array, sin: Array, how: Array | Lanes):
-        eps = self.config.norm_eps
-        mixed, keys_values = _Attention(self.config, name="attention")(RMSNorm(eps, name="input_norm")(x), cache, cos, sin, how)
-        x = x + mixed
-        x = x + _Mlp(self.config, name="mlp")(RMSNorm(eps, name="post_norm")(x))
+    def __call__(self, x: Float[Array, "B T D"], this: _This, layers: Layers):
+        c = self.config
+
+        def norm(name: str, x: Array) -> Array:
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
+
+        mixed, keys_values = _Attention(c, name="attention")(norm("input_norm", x), this, layers)
+        x = x + (norm("attention_out_norm", mixed) if c.sandwich else mixed)
+        inner = _Mlp(c, name="mlp")(norm("post_norm", x))
+        x = x + (norm("mlp_out_norm", inner) if c.sandwich else inner)
+        if layers.deep is not None:
+            count = layers.deep.shape[0]
+            x = x + jnp.where(this.number < count, layers.deep[jnp.minimum(this.number, count - 1)], 0).astype(x.dtype)
         return x, (keys_values if self.keep_cache else None)
 
 
@@ -105,35 +163,45 @@ class Decoder(nn.Module):
     keep_cache: bool = False
 
     def setup(self):
+        c = self.config
         block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
-        stack = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=self.config.layers,
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-        )
-        self.embed = Embed(self.config.vocab_size, self.config.width)
-        self.layers = stack(self.config, self.keep_cache)
-        self.final_norm = RMSNorm(self.config.norm_eps)
-        if not self.config.tied_head:
-            self.head = _Head(self.config)
+        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers, in_axes=(0, nn.broadcast))
+        self.embed = Embed(c.vocab_size, c.width)
+        self.layers = stack(c, self.keep_cache)
+        self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
+        if not c.tied_head:
+            self.head = _Head(c)
 
     def __call__(
         self,
         inputs: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        how: Bool[Array, "B T T"] | Lanes,
+        positions: Int[Array, "B T"] | Int[Array, "B 3 T"],
+        masks: Masks,
+        *,
+        deep: Float[Array, "J B T D"] | None = None,
         cache: LayerCache | None = None,
+        index: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
-        cos, sin = rope_tables(self.config.rope, self.config.head_width, positions)
-        x, keys_values = self.layers(inputs, cache, cos, sin, how)
-        if not self.config.tied_head:
+        """Last hidden states, and the keys and values (of decode lanes: the tails) where `keep_cache` asks for them.
+
+        Args:
+          positions: rotary positions.
+          deep: see `Layers`.
+          cache, index: of decode lanes, whose T is S: their caches, and the slot of the tails that this step fills.
+        """
+        c = self.config
+        rope = rope_tables(c.rope, c.head_width, positions)
+        local_rope = None if c.local_rope is None else rope_tables(c.local_rope, c.head_width, positions)
+        this = _This(cache, jnp.arange(c.layers), jnp.array(local_layers(c)))
+        x, keys_values = self.layers(inputs, this, Layers(masks, rope, local_rope, index, deep))
+        if not c.tied_head:
             self.head()
         return self.final_norm(x), keys_values
 
     def embed_tokens(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
-        return self.embed(tokens, dtype)
+        # the factor is rounded to the compute type first, as in Gemma's own code
+        scale = self.config.embedding_scale
+        return self.embed(tokens, dtype) if scale == 1.0 else self.embed(tokens, dtype) * jnp.asarray(scale, dtype)
 
 
 class _Head(nn.Module):

@@ -56,15 +56,24 @@ class Embed(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32 (arXiv 1910.07467)."""
+    """Root-mean-square norm in float32 (arXiv 1910.07467), over the last axis or, with `axes=2`, the last two together.
+
+    Llama casts before it multiplies by the scale; Gemma (`offset`) multiplies by 1 + scale in float32 and casts then.
+    """
 
     eps: float
+    offset: bool = False
+    axes: int = 1
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        init = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", init, x.shape[-self.axes :])
         x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        square = jnp.mean(x32 * x32, axis=tuple(range(-self.axes, 0)), keepdims=True)
+        normed = x32 * jax.lax.rsqrt(square + self.eps)
+        if self.offset:
+            return (normed * (1.0 + scale.astype(jnp.float32))).astype(x.dtype)
         return normed.astype(x.dtype) * scale.astype(x.dtype)
 
 

@@ -9,13 +9,17 @@ from jax.sharding import PartitionSpec as P
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.errors import UserError
-from mmalign_jax.models.config import LlavaConfig
-from mmalign_jax.models.decoder import Decoder
-from mmalign_jax.models.vision import Projector, VisionTower
+from mmalign_jax.models.config import MllmConfig, VisionConfig
+from mmalign_jax.models.connector import Connector
+from mmalign_jax.models.decoder import Decoder, Masks
+from mmalign_jax.models.vision import VisionTower
+from mmalign_jax.types import Patches
 
 # (parent, leaf) -> logical axes, without the leading layer axis of stacked leaves. What is not here is small and replicated.
 _AXES: dict[tuple[str, str], tuple[str | None, ...]] = {
-    ("patch_embedding", "kernel"): (None, "embed"),
+    ("patch", "kernel"): (None, "embed"),
+    ("qkv", "kernel"): ("embed", None, "heads", None),
+    ("linear", "kernel"): ("embed", None),
     ("query", "kernel"): ("embed", "heads", None),
     ("key", "kernel"): ("embed", "kv_heads", None),
     ("value", "kernel"): ("embed", "kv_heads", None),
@@ -30,23 +34,24 @@ _AXES: dict[tuple[str, str], tuple[str | None, ...]] = {
 }
 
 
-def abstract_params(config: LlavaConfig, dtype: str = "float32") -> dict:
+def abstract_params(config: MllmConfig, dtype: str = "float32") -> dict:
     """The tree of `ShapeDtypeStruct`s of a model; nothing is computed."""
 
     def build(key: jax.Array) -> dict:
-        size, width = config.vision.image_size, config.decoder.width
-        tower, projector, decoder = VisionTower(config, False), Projector(config), Decoder(config.decoder)
-        images = jnp.zeros((1, 1, size, size, 3))
-        features, tower_params = tower.init_with_output(key, images)
+        v, width = config.vision, config.decoder.width
+        tower, connector, decoder = VisionTower(config, False), Connector(config), Decoder(config.decoder)
+        side = v.image_size or v.patch_size
+        patches = None if v.image_size else _one_window(v)
+        features, tower_params = tower.init_with_output(key, jnp.zeros((1, 1, side, side, 3)), patches)
         inputs, ids = jnp.zeros((1, 1, width)), jnp.zeros((1, 1), jnp.int32)
 
         def everything(module):
             module.embed_tokens(ids, jnp.dtype(dtype))
-            return module(inputs, ids, jnp.ones((1, 1, 1), bool))
+            return module(inputs, ids, Masks(jnp.ones((1, 1, 1), bool), None))
 
         return {
             "vision_tower": tower_params["params"],
-            "projector": projector.init(key, features)["params"],
+            "projector": connector.init(key, features)["params"],
             "decoder": decoder.init(key, method=everything)["params"],
         }
 
@@ -56,7 +61,13 @@ def abstract_params(config: LlavaConfig, dtype: str = "float32") -> dict:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
 
 
-def param_shardings(config: LlavaConfig, mesh: Mesh) -> dict:
+def _one_window(vision: VisionConfig) -> Patches:
+    slots = vision.window_slots if vision.window else vision.merge**2
+    pair = jnp.zeros((1, slots, 2), jnp.int32)
+    return Patches(jnp.zeros((1, slots, vision.frames_per_patch), jnp.int32), pair, pair, pair[..., 0])
+
+
+def param_shardings(config: MllmConfig, mesh: Mesh) -> dict:
     """The sharding of every leaf. A dimension that its mesh axes do not divide stays whole.
 
     Raises:

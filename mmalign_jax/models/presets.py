@@ -1,24 +1,28 @@
 """Sizes of published models, for what needs no weights."""
 
 from mmalign_jax.errors import UserError
-from mmalign_jax.models.config import DecoderConfig, LlavaConfig, RopeConfig, VisionConfig
+from mmalign_jax.models.config import ConnectorConfig, DecoderConfig, MllmConfig, RopeConfig, VisionConfig
 
 _CLIP_L_336 = VisionConfig(image_size=336, patch_size=14, width=1024, mlp_width=4096, layers=24, heads=16, norm_eps=1e-5)
 
 
-def preset(name: str) -> LlavaConfig:
+def preset(name: str) -> MllmConfig:
     """The sizes of a published model.
 
     Raises:
       UserError: there is no such preset.
     """
     known = {
-        "llava-1.5-7b": LlavaConfig(_vicuna(4096, 11008, 32, 32), _CLIP_L_336, image_token_id=32000),
-        "llava-1.5-13b": LlavaConfig(_vicuna(5120, 13824, 40, 40), _CLIP_L_336, image_token_id=32000),
+        "llava-1.5-7b": _llava(_vicuna(4096, 11008, 32, 32)),
+        "llava-1.5-13b": _llava(_vicuna(5120, 13824, 40, 40)),
     }
     if name not in known:
         raise UserError(f"config.model.preset: no preset {name!r}; known: {', '.join(known)}")
     return known[name]
+
+
+def _llava(decoder: DecoderConfig) -> MllmConfig:
+    return MllmConfig("llava", decoder, _CLIP_L_336, ConnectorConfig(), image_token_id=32000, feature_layers=(-2,))
 
 
 def _vicuna(width: int, mlp_width: int, layers: int, heads: int) -> DecoderConfig:

@@ -1,34 +1,83 @@
-"""The CLIP vision tower (arXiv 2103.00020), up to the last layer whose hidden state is used."""
+"""The vision transformer of every family, up to the last layer whose hidden state is used: CLIP, SigLIP, InternViT, Qwen's."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from mmalign_jax import mesh
-from mmalign_jax.models.config import LlavaConfig, VisionConfig
-from mmalign_jax.models.layers import LayerNorm, Linear, activation, gathered
+from mmalign_jax.models.config import MllmConfig, VisionConfig
+from mmalign_jax.models.layers import LayerNorm, Linear, RMSNorm, activation, gathered
+from mmalign_jax.models.patches import PatchEmbedding, rotary_tables, segment_mask, window_mask
+from mmalign_jax.types import Patches
 
-_ROWS = ("batch", None, None)  # B M N: rows are split over the mesh, images and tokens are not
+# B M N: rows are split over the mesh. M counts tiles, or attention windows of pictures of any size; tokens are seen within one.
+_ROWS = ("batch", None, None)
+_NEVER = -1e30
+
+
+def norm(config: VisionConfig, name: str) -> nn.Module:
+    return RMSNorm(config.norm_eps, name=name) if config.norm == "rms" else LayerNorm(config.norm_eps, name=name)
+
+
+def _attend(query: Array, key: Array, value: Array, mask: Bool[Array, "B M #N N"] | None) -> Array:
+    scores = jnp.einsum("bmqhe,bmkhe->bmhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = jnp.where(mask[:, :, None], scores, _NEVER)
+    return jnp.einsum("bmhqk,bmkhe->bmqhe", jax.nn.softmax(scores, axis=-1).astype(value.dtype), value)
 
 
 class _Attention(nn.Module):
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B M N Z"]) -> Float[Array, "B M N Z"]:
-        width, heads = self.config.width, self.config.heads
-        head = width // heads
+    def __call__(self, x: Float[Array, "B M N Z"], full: Bool[Array, ""], patches: Patches | None) -> Float[Array, "B M N Z"]:
+        c = self.config
+        heads, head = c.heads, c.width // c.heads
+        out_axes = (*_ROWS, "heads", None)
 
         def project(name: str) -> Array:
-            shape, kernel_axes, out_axes = (width, heads, head), ("embed", "heads", None), (*_ROWS, "heads", None)
-            return Linear("bmnw,whe->bmnhe", shape, kernel_axes, out_axes, (heads, head), ("heads", None), name=name)(x)
+            bias, shape = (heads, head) if c.attention_bias else (), (c.width, heads, head)
+            return Linear("bmnw,whe->bmnhe", shape, ("embed", "heads", None), out_axes, bias, ("heads", None), name=name)(x)
 
-        query, key, value = project("query"), project("key"), project("value")
-        scores = jnp.einsum("bmqhe,bmkhe->bmhqk", query, key, preferred_element_type=jnp.float32) * head**-0.5
-        mixed = jnp.einsum("bmhqk,bmkhe->bmqhe", jax.nn.softmax(scores, axis=-1).astype(x.dtype), value)
-        out = Linear("bmnhe,hew->bmnw", (heads, head, width), ("heads", None, "embed"), (*_ROWS, None), (width,), (None,), name="out")
-        return out(mixed)
+        if c.fused_qkv:
+            bias = (3, heads, head) if c.attention_bias else ()
+            shape, axes = (c.width, 3, heads, head), ("embed", None, "heads", None)
+            qkv = Linear("bmnw,wshe->bmnshe", shape, axes, (*_ROWS, None, "heads", None), bias, axes[1:], name="qkv")(x)
+            query, key, value = (qkv[..., index, :, :] for index in range(3))
+        else:
+            query, key, value = project("query"), project("key"), project("value")
+        if c.qk_norm:
+            query, key = RMSNorm(c.norm_eps, axes=2, name="query_norm")(query), RMSNorm(c.norm_eps, axes=2, name="key_norm")(key)
+        if patches is None:
+            mixed = _attend(query, key, value, None)
+        else:
+            mixed = self._of_pictures(query, key, value, full, patches)
+        out_args = ((heads, head, c.width), ("heads", None, "embed"), (*_ROWS, None), (c.width,), (None,))
+        return Linear("bmnhe,hew->bmnw", *out_args, name="out")(mixed)
+
+    def _of_pictures(self, query: Array, key: Array, value: Array, full: Bool[Array, ""], patches: Patches) -> Array:
+        """Attention within windows, or within whole pictures: all of a row's slots at once, each seeing its own segment."""
+        c, windows = self.config, query.shape
+        if c.rotary:
+            cos, sin = rotary_tables(patches, windows[-1])
+            cos, sin = (mesh.reshape(table, (*windows[:3], 1, windows[-1]), *_ROWS, None, None) for table in (cos, sin))
+            half = windows[-1] // 2
+            turn = lambda x: jnp.concatenate([-x[..., half:], x[..., :half]], axis=-1)  # noqa: E731
+            rotated = lambda x: (x * cos + turn(x) * sin).astype(x.dtype)  # noqa: E731
+            query, key = rotated(query), rotated(key)
+
+        def whole(query: Array, key: Array, value: Array) -> Array:
+            shape = (windows[0], 1, windows[1] * windows[2], *windows[3:])
+            axes = (*_ROWS, "heads", None)
+            mixed = _attend(*(mesh.reshape(x, shape, *axes) for x in (query, key, value)), segment_mask(patches)[:, None])
+            return mesh.reshape(mixed, windows, *axes)
+
+        if not c.window:
+            return whole(query, key, value)
+        within = lambda query, key, value: _attend(query, key, value, window_mask(patches, windows[2]))  # noqa: E731
+        return jax.lax.cond(full, whole, within, query, key, value)
 
 
 class _Mlp(nn.Module):
@@ -36,73 +85,87 @@ class _Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B M N Z"]) -> Float[Array, "B M N Z"]:
-        width, inner = self.config.width, self.config.mlp_width
-        up = Linear("bmnw,wf->bmnf", (width, inner), ("embed", "mlp"), (*_ROWS, "mlp"), (inner,), ("mlp",), name="up")(x)
-        down = Linear("bmnf,fw->bmnw", (inner, width), ("mlp", "embed"), (*_ROWS, None), (width,), (None,), name="down")
-        return down(activation(self.config.activation)(up))
+        c, width, inner = self.config, self.config.width, self.config.mlp_width
+        inner_bias, outer_bias = ((inner,), (width,)) if c.mlp_bias else ((), ())
+        up_args = ("bmnw,wf->bmnf", (width, inner), ("embed", "mlp"), (*_ROWS, "mlp"), inner_bias, ("mlp",))
+        up = Linear(*up_args, name="up")(x)
+        act = activation(c.activation)
+        up = act(Linear(*up_args, name="gate")(x)) * up if c.gated else act(up)
+        return Linear("bmnf,fw->bmnw", (inner, width), ("mlp", "embed"), (*_ROWS, None), outer_bias, (None,), name="down")(up)
 
 
 class _Block(nn.Module):
     config: VisionConfig
+    keep: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B M N Z"], _: None) -> tuple[Float[Array, "B M N Z"], Float[Array, "B M N Z"]]:
-        eps = self.config.norm_eps
-        x = x + _Attention(self.config, name="attention")(LayerNorm(eps, name="norm1")(x))
-        x = x + _Mlp(self.config, name="mlp")(LayerNorm(eps, name="norm2")(x))
-        return x, x
+    def __call__(self, x: Float[Array, "B M N Z"], full: Bool[Array, ""], patches: Patches | None):
+        c = self.config
+
+        def scaled(name: str, added: Array) -> Array:
+            return added * self.param(name, nn.initializers.ones, (c.width,)).astype(added.dtype) if c.layer_scale else added
+
+        x = x + scaled("scale1", _Attention(c, name="attention")(norm(c, "norm1")(x), full, patches))
+        x = x + scaled("scale2", _Mlp(c, name="mlp")(norm(c, "norm2")(x)))
+        return x, (x if self.keep else None)
 
 
 class VisionTower(nn.Module):
-    """CLIP's vision transformer without its last norm, as far as the last hidden state that is used."""
+    """Normalised pixels to features, as far as the last hidden state that is used."""
 
-    config: LlavaConfig
+    config: MllmConfig
     remat: bool
 
     @nn.compact
-    def __call__(self, pixels: Float[Array, "B M Y W 3"]) -> Float[Array, "B F Z"]:
-        """Normalised pixels to patch features, Z = tower width times number of feature layers, F = M N."""
-        vision = self.config.vision
-        x = self._embed(pixels)
+    def __call__(self, pixels: Float[Array, "B M Y W 3"], patches: Patches | None = None) -> Float[Array, "B F Z"]:
+        """Features of tiles (F = M N) or of patches (F = Q), in order; Z = tower width times the hidden states that are concatenated."""
+        c, v = self.config, self.config.vision
+        if patches is None:
+            x = _TileEmbedding(v, name="embedding")(pixels)
+        else:
+            x = PatchEmbedding(v, name="embedding")(pixels, patches)
+            x = mesh.reshape(x, (x.shape[0], -1, v.window_slots if v.window else x.shape[1], v.width), *_ROWS, None)
+        used, wanted = c.used_vision_layers, self._wanted()
         block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
-        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.config.used_vision_layers)
-        first = x
-        x, states = stack(vision, name="layers")(x, None)
-        wanted = [layer if layer >= 0 else vision.layers + 1 + layer for layer in self.config.feature_layers]
-        chosen = [first if layer == 0 else x if layer == self.config.used_vision_layers else states[layer - 1] for layer in wanted]
+        keep = any(layer not in (0, used) for layer in wanted)
+        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=used, in_axes=(0, nn.broadcast))
+        first, full = x, jnp.array([layer in v.full_layers for layer in range(used)])
+        x, states = stack(v, keep, name="layers")(x, full, patches)
+        if v.post_norm:
+            x = norm(v, "post_norm")(x)
+        chosen = [first if layer == 0 else x if layer == used else states[layer - 1] for layer in wanted]
         features = jnp.concatenate(chosen, axis=-1)
-        if not self.config.keep_class_token:
+        if v.class_token and not c.keep_class_token:
             features = features[:, :, 1:]
-        rows, images, tokens, width = features.shape
-        return mesh.reshape(features, (rows, images * tokens, width), "batch", None, None)
+        rows, _, _, width = features.shape
+        return mesh.reshape(features, (rows, -1, width), "batch", None, None)
 
-    def _embed(self, pixels: Float[Array, "B M Y W 3"]) -> Float[Array, "B M N Z"]:
-        vision = self.config.vision
+    def _wanted(self) -> list[int]:
+        """Numbers of the hidden states that are concatenated; 0 is the embedding."""
+        v = self.config.vision
+        return [layer if layer >= 0 else v.layers + 1 + layer for layer in self.config.feature_layers] + [tap + 1 for tap in v.taps]
+
+
+class _TileEmbedding(nn.Module):
+    config: VisionConfig
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "B M Y W 3"]) -> Float[Array, "B M N Z"]:
+        v = self.config
         rows, images = pixels.shape[:2]
-        side, patch, width = vision.image_size // vision.patch_size, vision.patch_size, vision.width
+        side, patch, width = v.image_size // v.patch_size, v.patch_size, v.width
         # a convolution with stride = kernel is a product with cut-out patches, and needs no help from the sharding
         patches = pixels[:, :, : side * patch, : side * patch]
         patches = mesh.reshape(patches, (rows, images, side, patch, side, patch, 3), "batch", *(None,) * 6)
         patches = patches.transpose(0, 1, 2, 4, 3, 5, 6)
         patches = mesh.reshape(patches, (rows, images, side * side, patch * patch * 3), *_ROWS, None)
-        embed = Linear("bmnp,pw->bmnw", (patch * patch * 3, width), (None, "embed"), (*_ROWS, None), name="patch_embedding")
-        class_token = self.param("class_embedding", nn.initializers.normal(0.02), (width,))
-        class_token = mesh.constrain(jnp.broadcast_to(class_token.astype(pixels.dtype), (rows, images, 1, width)), *_ROWS, None)
-        x = jnp.concatenate([class_token, embed(patches)], axis=2)
-        table = self.param("position_embedding", nn.initializers.normal(0.02), (vision.patches + 1, width))
-        return LayerNorm(vision.norm_eps, name="pre_norm")(x + gathered(table, pixels.dtype, None, None))
-
-
-class Projector(nn.Module):
-    """LLaVA-1.5's two-layer MLP from tower features to decoder inputs (arXiv 2310.03744)."""
-
-    config: LlavaConfig
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B F Z"]) -> Float[Array, "B F D"]:
-        width = self.config.decoder.width
-        bias = (width,) if self.config.projector_bias else ()
-        rows = ("batch", None)
-        x = Linear("bfz,zd->bfd", (x.shape[-1], width), ("embed", "mlp"), (*rows, "mlp"), bias, ("mlp",), name="fc1")(x)
-        x = activation(self.config.projector_activation)(x)
-        return Linear("bfd,de->bfe", (width, width), ("mlp", "embed"), (*rows, None), bias, (None,), name="fc2")(x)
+        bias = (width,) if v.patch_bias else ()
+        embed = Linear("bmnp,pw->bmnw", (patch * patch * 3, width), (None, "embed"), (*_ROWS, None), bias, (None,), name="patch")
+        x = embed(patches)
+        if v.class_token:
+            class_token = self.param("class_token", nn.initializers.normal(0.02), (width,))
+            class_token = mesh.constrain(jnp.broadcast_to(class_token.astype(pixels.dtype), (rows, images, 1, width)), *_ROWS, None)
+            x = jnp.concatenate([class_token, x], axis=2)
+        table = self.param("positions", nn.initializers.normal(0.02), (v.patches + int(v.class_token), width))
+        x = x + gathered(table, pixels.dtype, None, None)
+        return norm(v, "pre_norm")(x) if v.pre_norm else x

@@ -30,7 +30,7 @@ from mmalign_jax.config import PairsConfig
 from mmalign_jax.data.layout import RowLayout
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.processor import Processor
-from mmalign_jax.models.llava import Llava
+from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.pairs.masked_decode import Job, MaskedDecoder
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.pairs.similarity import MEASURES
@@ -101,7 +101,7 @@ class BdhsSampler:
       UserError: several processes; pairs are made in one.
     """
 
-    def __init__(self, model: Llava, processor: Processor, mesh: Mesh, config: PairsConfig, layout: RowLayout, lanes: int):
+    def __init__(self, model: Mllm, processor: Processor, mesh: Mesh, config: PairsConfig, layout: RowLayout, lanes: int):
         if layout.answers != 1:
             raise ValueError("BDHS reads rows with one answer")
         if jax.process_count() > 1:

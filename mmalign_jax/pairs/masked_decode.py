@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int, Int32
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.data.device import to_device
-from mmalign_jax.data.layout import RowLayout, lay_out
+from mmalign_jax.data.layout import RowLayout, lay_out, stack_rows
 from mmalign_jax.hf.processor import Processor
-from mmalign_jax.models.llava import Llava
+from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
 from mmalign_jax.types import PREFIX, PairBatch, PreferenceRecord
 
@@ -50,7 +50,7 @@ class MaskedDecoder:
 
     def __init__(
         self,
-        model: Llava,
+        model: Mllm,
         processor: Processor,
         mesh: Mesh,
         layout: RowLayout,
@@ -86,11 +86,7 @@ class MaskedDecoder:
                 slot[index, lane] = self._layout.prefix_slots + kept - 1 if kept else prefix - 1
                 active[index, lane] = True
         rows += [rows[-1]] * (self._rows - len(rows))  # they fill the batch and have no active lane
-        batch = PairBatch(
-            **{name: np.stack([row[name] for row in rows]) for name in rows[0]},
-            prefix_slots=self._layout.prefix_slots,
-            answer_slots=self._layout.answer_slots,
-        )
+        batch = stack_rows(rows, self._layout)
         with jax.set_mesh(self._mesh):
             on_device = to_device((batch, LaneStart(slot, active), np.full(self._rows, number, np.int32)), self._mesh, batch_axis=0)
             key = jax.random.key(seed)
@@ -104,7 +100,7 @@ class MaskedDecoder:
 
 @functools.partial(jax.jit, static_argnames=("model", "options"))
 def _complete(
-    model: Llava,
+    model: Mllm,
     options: DecodeOptions,
     params: dict,
     batch: PairBatch,
@@ -115,10 +111,10 @@ def _complete(
 ) -> Samples:
     """Masked prefill and decode of one device batch: one mask a row, shared by its lanes and steps (arXiv 2407.02477, eq. 6)."""
     mask_key, sample_key = jax.random.split(key)
-    features = model.encode_images(params, batch.images)
+    features = model.encode_images(params, batch.images, batch.patches)
     row_keys = lane_keys(mask_key, batch.record_key, number, 1)[:, 0]
-    keep = jax.vmap(lambda one: jax.random.uniform(one, features.shape[1:2]) >= rho_th)(row_keys)
-    prefill = model.prefill(params, features, batch.tokens, batch.role, batch.positions, batch.image_index, keep)
-    visible = (batch.image_index < 0) | jnp.take_along_axis(keep, jnp.maximum(batch.image_index, 0), axis=1)
+    keep = jax.vmap(lambda one: jax.random.uniform(one, batch.tokens.shape[1:]) >= rho_th)(row_keys)
+    visible = (batch.image_index < 0) | keep
+    prefill = model.prefill(params, features, batch, visible)
     keys = lane_keys(sample_key, batch.record_key, number, start.slot.shape[1])
-    return decode_lanes(model, params, prefill, batch.role, batch.positions, start, keys, options, visible)
+    return decode_lanes(model, params, prefill, batch, start, keys, options, visible)

@@ -4,10 +4,11 @@ import dataclasses
 from typing import Any
 
 import grain
+import jax
 import numpy as np
 
 from mmalign_jax.config import TrainConfig
-from mmalign_jax.data.layout import RowLayout, RowProcessor, lay_out, misfit, tokenize
+from mmalign_jax.data.layout import RowLayout, RowProcessor, lay_out, misfit, stack_rows, tokenize
 from mmalign_jax.data.plan import Records, RowPlan
 from mmalign_jax.errors import UserError
 from mmalign_jax.pairs.bdhs import BdhsSampler, Outcome
@@ -53,12 +54,7 @@ class OnlineBatches:
         rows = [lay_out(_pair(one, text), _PAIR, self._processor, self._layout) for one, text in zip(outcomes, texts, strict=True)]
         self._step += 1
         lead = (self._config.accumulate, size // self._config.accumulate)
-        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-        batch = PairBatch(
-            **{name: array.reshape(*lead, *array.shape[1:]) for name, array in arrays.items()},
-            prefix_slots=self._layout.prefix_slots,
-            answer_slots=self._layout.answer_slots,
-        )
+        batch = jax.tree.map(lambda array: array.reshape(*lead, *array.shape[1:]), stack_rows(rows, self._layout))
         made = {
             "bdhs/changed": float(np.mean(changed)),
             "bdhs/unusable": float(np.mean(unusable)),

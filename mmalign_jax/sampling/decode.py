@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from mmalign_jax.models.llava import Llava, Prefill
-from mmalign_jax.types import PAD, PREFIX
+from mmalign_jax.models.mllm import Mllm, Prefill
+from mmalign_jax.types import PREFIX, PairBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +74,10 @@ def lane_keys(key: Array, record_key: UInt[Array, " B"], draw: Int[Array, " B"],
 
 
 def decode_lanes(
-    model: Llava,
+    model: Mllm,
     params: dict,
     prefill: Prefill,
-    role: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
+    batch: PairBatch,
     start: LaneStart,
     keys: Array,
     options: DecodeOptions,
@@ -88,23 +87,16 @@ def decode_lanes(
 
     Args:
       prefill: hidden states and cache of the rows, made under the same `visible`.
-      role, positions: of the rows' slots.
+      batch: the rows.
       start: where lanes begin.
       keys: one key a lane `[B S]`, see `lane_keys`.
       visible: slots that lanes may see at all; the prefill must have been made under the same choice.
     """
     rows, lanes = start.slot.shape
-    # not take_along_axis, which cannot tell the sharding of one lane of one row
-    take = jax.vmap(lambda values, slot: values[slot])
-    first_position, own_role = take(positions, start.slot) + 1, take(role, start.slot)
-    allowed = (role != PAD)[:, None] & ((role == PREFIX)[:, None] | (role[:, None] == own_role[..., None]))
-    allowed &= positions[:, None] < first_position[..., None]
-    if visible is not None:
-        allowed &= visible[:, None]
+    view, first_position, first_turning = model.lane_view(batch, start.slot, visible)
     vocabulary = model.config.decoder.vocab_size
     stops = jnp.zeros(vocabulary, bool).at[jnp.array(options.stop_ids, jnp.int32)].set(True)
     banned = jnp.zeros(vocabulary, bool).at[jnp.array(options.banned_ids, jnp.int32)].set(True)
-    window = model.config.decoder.sliding_window
 
     def body(carry):
         step, hidden, tail, tokens, logps, lengths, done, stopped = carry
@@ -116,12 +108,12 @@ def decode_lanes(
         lengths = lengths + ~done
         stopped |= stops.at[chosen].get(out_sharding=_like(chosen)) & ~done
         done |= stopped
-        position = first_position + step
-        shared = allowed if window is None else allowed & (position[..., None] - positions[:, None] < window)
-        hidden, tail = model.decode_step(params, prefill.cache, tail, chosen, position, shared, step)
+        where = (first_position + step, first_turning + step)
+        hidden, tail = model.decode_step(params, prefill.cache, tail, chosen, *where, view, step)
         return step + 1, hidden, tail, tokens, logps, lengths, done, stopped
 
-    hidden = take(prefill.hidden, start.slot)
+    # not take_along_axis, which cannot tell the sharding of one lane of one row
+    hidden = jax.vmap(lambda values, slot: values[slot])(prefill.hidden, start.slot)
     zeros = jnp.zeros_like(start.slot)
     blank = jnp.broadcast_to(zeros[..., None], (rows, lanes, options.max_new_tokens))
     carry = (

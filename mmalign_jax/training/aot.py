@@ -14,8 +14,8 @@ from mmalign_jax import losses
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import Config
 from mmalign_jax.errors import UserError
-from mmalign_jax.models.config import LlavaConfig
-from mmalign_jax.models.llava import Llava
+from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import abstract_params, param_shardings
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.step import LossFunction, make_train_step, split_params
@@ -46,7 +46,7 @@ class AotReport:
     compile_s: float
 
 
-def compile_step(config: Config, sizes: LlavaConfig, topology: str, slices: int = 1) -> AotReport:
+def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int = 1) -> AotReport:
     """Compiles the step of `config` for `slices` slices of `topology` (such as "v5e:8x8").
 
     Raises:
@@ -59,7 +59,7 @@ def compile_step(config: Config, sizes: LlavaConfig, topology: str, slices: int 
     state, reference, batch = _abstract_arguments(config, sizes, mesh, optimizer, objective)
     # compiled for an accelerator: auto means bfloat16
     dtype = "bfloat16" if config.model.compute_dtype == "auto" else config.model.compute_dtype
-    model = Llava(sizes, (0.5,) * 3, (0.5,) * 3, dtype, remat=config.model.remat == "full")
+    model = Mllm(sizes, (0.5,) * 3, (0.5,) * 3, dtype, remat=config.model.remat == "full")
     step = make_train_step(LossFunction(model, objective), optimizer, make_schedule(config.optimizer, config.train.steps))
     start = time.monotonic()
     with jax.set_mesh(mesh):
@@ -96,7 +96,7 @@ def _devices(topology: str, slices: int) -> list[jax.Device]:
 
 
 def _abstract_arguments(
-    config: Config, sizes: LlavaConfig, mesh: Mesh, optimizer: optax.GradientTransformation, objective: losses.Objective
+    config: Config, sizes: MllmConfig, mesh: Mesh, optimizer: optax.GradientTransformation, objective: losses.Objective
 ) -> tuple[TrainState, dict, PairBatch]:
     """State, reference and batch as shapes with shardings; nothing is allocated, and nothing here may run under the mesh."""
     whole = NamedSharding(mesh, P())
@@ -118,7 +118,7 @@ def _abstract_arguments(
     return state, reference, _abstract_batch(config, sizes, mesh, objective.answers)
 
 
-def _abstract_batch(config: Config, sizes: LlavaConfig, mesh: Mesh, answers: int) -> PairBatch:
+def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, answers: int) -> PairBatch:
     prefix = config.data.prefix_tokens or sizes.image_tokens + PROMPT_TOKENS
     answer = config.data.answer_tokens or ANSWER_TOKENS
     lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)

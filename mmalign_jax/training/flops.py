@@ -2,7 +2,7 @@
 
 import jax
 
-from mmalign_jax.models.config import LlavaConfig
+from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.types import PairBatch
 
 # Peak dense bf16 FLOP/s of one JAX device, by `device_kind`, as the makers state them
@@ -12,7 +12,7 @@ PEAK = {
 }  # fmt: skip
 
 
-def step_flops(config: LlavaConfig, batch: PairBatch, *, reference: bool, other_image: bool, freeze: tuple[str, ...]) -> float:
+def step_flops(config: MllmConfig, batch: PairBatch, *, reference: bool, other_image: bool, freeze: tuple[str, ...]) -> float:
     """FLOPs of one step over all rows, recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
 
     Slots are counted as they are computed, padding too.
@@ -30,11 +30,21 @@ def step_flops(config: LlavaConfig, batch: PairBatch, *, reference: bool, other_
         head = answers * batch.answer_slots * c.width * c.vocab_size
         return passes * (slots * (per_token + attention) + head)
 
-    tower_layer = 4 * v.width * v.width + 2 * v.width * v.mlp_width
-    tokens = v.patches + 1
-    tower = tokens * config.used_vision_layers * (tower_layer + 2 * tokens * v.width) + v.patches * 3 * v.patch_size**2 * v.width
+    tower_layer = 4 * v.width * v.width + (3 if v.gated else 2) * v.width * v.mlp_width
+    if batch.patches is None:
+        patches, tiles = v.patches, batch.images.shape[-4]
+        tokens = seen = patches + int(v.class_token)
+    else:
+        patches = tokens = seen = batch.patches.segment.shape[-1]
+        tiles = 1
+        if v.window:
+            # the layers that see whole pictures, and those that see a window
+            full = len(v.full_layers) / v.layers
+            seen = full * tokens + (1 - full) * v.window_slots
+    tower = tokens * config.used_vision_layers * (tower_layer + 2 * seen * v.width)
+    tower += patches * 3 * v.frames_per_patch * v.patch_size**2 * v.width
     # a frozen tower's features serve policy and reference
-    tower *= batch.images.shape[-4] * (2 if "vision_tower" in freeze else 8 if reference else 6)
+    tower *= tiles * (2 if "vision_tower" in freeze else 8 if reference else 6)
     total = decoder(batch.tokens.shape[-1], batch.answers) + tower
     if other_image:
         total += decoder(batch.prefix_slots + batch.answer_slots, 1) + tower

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from mmalign_jax.config import Config
 from mmalign_jax.data.device import to_device
 from mmalign_jax.errors import UserError
-from mmalign_jax.models.config import LlavaConfig
+from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.report.console import Console
 from mmalign_jax.report.metrics import MetricsWriter
 from mmalign_jax.training.checkpoint import Checkpoints
@@ -50,7 +50,7 @@ def train(
     config: Config,
     workdir: Path,
     mesh: Mesh,
-    sizes: LlavaConfig,
+    sizes: MllmConfig,
     loss: LossFunction,
     load_params: Callable[[str], dict],
     batches: Batches,
@@ -102,7 +102,7 @@ class _Run:
 
     config: Config
     mesh: Mesh
-    sizes: LlavaConfig
+    sizes: MllmConfig
     loss: LossFunction
     step: Callable
     batches: Batches

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float
 
 from mmalign_jax import losses
-from mmalign_jax.models.llava import Llava
+from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.pairs import views
 from mmalign_jax.types import BranchStats, PairBatch, TrainState
 
@@ -27,7 +27,7 @@ def init_state(params: dict, frozen: dict, optimizer: optax.GradientTransformati
 
 
 def branch_logps(
-    model: Llava, params: dict, tower: Float[Array, "B F Z"], batch: PairBatch
+    model: Mllm, params: dict, tower: Float[Array, "B F Z"], batch: PairBatch
 ) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
     """Sums of the log-probs of every answer of packed rows, and the answers' lengths.
 
@@ -35,9 +35,9 @@ def branch_logps(
       tower: features of the rows' images before the projector.
     """
     features = model.project(params, tower)
-    hidden = model.hidden(params, features, batch.tokens, batch.role, batch.positions, batch.image_index)
+    hidden = model.hidden(params, features, batch)
     head = model.head(params).astype(model.dtype)
-    slots = {"prefix_slots": batch.prefix_slots, "answer_slots": batch.answer_slots}
+    slots = {"prefix_slots": batch.prefix_slots, "answer_slots": batch.answer_slots, "softcap": model.config.decoder.final_softcap}
     logps, mask = losses.answer_logps(hidden, head, batch.tokens, batch.role, **slots)
     weight = batch.token_weight[:, batch.prefix_slots :].reshape(logps.shape)
     return losses.sums(logps, mask, weight)
@@ -50,7 +50,7 @@ class LossFunction:
     Where the vision tower is frozen, its features are computed once and shared by policy and reference.
     """
 
-    model: Llava
+    model: Mllm
     objective: losses.Objective
 
     def __call__(
@@ -86,7 +86,7 @@ class LossFunction:
         return jnp.mean(per_pair), metrics
 
     def _tower(self, params: dict, batch: PairBatch, frozen: dict) -> Float[Array, "B F Z"]:
-        features = self.model.tower(params, batch.images)
+        features = self.model.tower(params, batch.images, batch.patches)
         return jax.lax.stop_gradient(features) if "vision_tower" in frozen else features
 
     def _other_image(self, batch: PairBatch, key: Array) -> PairBatch:

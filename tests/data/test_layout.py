@@ -9,7 +9,7 @@ from helpers.rows import BOS, EOS, IMAGE, LetterProcessor, encoded, record
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data.bad_rows import BadRow
 from mmalign_jax.data.layout import RowLayout, lay_out, tokenize
-from mmalign_jax.data.plan import measure, plan_rows
+from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.types import Media, Part, Preference, Response, Turn, record_key
 
@@ -22,7 +22,7 @@ def letters(text):
 
 def test_a_pair():
     row = record("r", prompt="Q?", chosen="yes", rejected="no", prefs=(Preference(0, 1, 1.0, 0.5),))
-    out = lay_out(row, row.prefs[0], PROCESSOR, RowLayout(prefix_slots=8, answer_slots=5, answers=2, images=2))
+    out = lay_out(row, row.prefs[0], PROCESSOR, sized(prefix_slots=8, answer_slots=5, answers=2, images=2))
     n = 6
     assert out["tokens"].tolist() == [BOS, *[IMAGE] * 3, *letters("Q?"), 0, 0, *letters("yes"), EOS, 0, *letters("no"), EOS, 0, 0]
     assert out["role"].tolist() == [1] * 6 + [0] * 2 + [2] * 4 + [0] + [3] * 3 + [0] * 2
@@ -46,7 +46,7 @@ def test_win_and_lose_decide_the_order():
 
 def test_a_reference_answer():
     row = record(prefs=(), responses=(Response("yes"),))
-    out = lay_out(row, None, PROCESSOR, RowLayout(8, 4, 1, 1))
+    out = lay_out(row, None, PROCESSOR, sized(8, 4, 1, 1))
     assert out["tokens"].tolist()[8:] == [*letters("yes"), EOS] and out["margin"] == 0
     with pytest.raises(DataError, match="no pair of answers"):
         tokenize(row, None, PROCESSOR, 2)
@@ -54,7 +54,7 @@ def test_a_reference_answer():
 
 def test_a_prompt_alone_and_an_answer_that_goes_on():
     row = record(chosen="yes", rejected="no")
-    alone = lay_out(row, None, PROCESSOR, RowLayout(8, 0, 0, 1))
+    alone = lay_out(row, None, PROCESSOR, sized(8, 0, 0, 1))
     assert alone["tokens"].tolist() == [BOS, *[IMAGE] * 3, *letters("Q?"), 0, 0]
     cut = dataclasses.replace(row, complete=False)
     assert [ids.tolist() for ids, _ in tokenize(cut, row.prefs[0], PROCESSOR, 2).answers] == [letters("yes"), letters("no")]
@@ -62,21 +62,21 @@ def test_a_prompt_alone_and_an_answer_that_goes_on():
 
 def test_text_only_and_several_images():
     row = record(images=0)
-    out = lay_out(row, row.prefs[0], PROCESSOR, RowLayout(8, 4, 2, 1))
+    out = lay_out(row, row.prefs[0], PROCESSOR, sized(8, 4, 2, 1))
     assert not out["images"].any() and (out["image_index"] == -1).all()
     two = record(images=2)
-    out = lay_out(two, two.prefs[0], PROCESSOR, RowLayout(16, 4, 2, 2))
+    out = lay_out(two, two.prefs[0], PROCESSOR, sized(16, 4, 2, 2))
     assert out["image_index"][out["image_index"] >= 0].tolist() == list(range(6))
     # images are stacked in the order in which the prompt shows them
     swapped = dataclasses.replace(two, turns=(Turn("user", (Part(media=1), Part(text="Q?"), Part(media=0))),))
-    again = lay_out(swapped, two.prefs[0], PROCESSOR, RowLayout(16, 4, 2, 2))
+    again = lay_out(swapped, two.prefs[0], PROCESSOR, sized(16, 4, 2, 2))
     np.testing.assert_array_equal(again["images"], out["images"][::-1])
     assert (out["images"][0] != out["images"][1]).any()
 
 
 def test_a_shared_prefix_is_conditioned_on_and_computed_once():
     row = record(prompt="Q", chosen="A. B", rejected="A. C", prefix="A. ")
-    out = lay_out(row, row.prefs[0], PROCESSOR, RowLayout(8, 3, 2, 1))
+    out = lay_out(row, row.prefs[0], PROCESSOR, sized(8, 3, 2, 1))
     assert out["tokens"].tolist() == [BOS, *[IMAGE] * 3, *letters("QA. "), ord("B"), EOS, 0, ord("C"), EOS, 0]
     assert out["role"].tolist() == [1] * 8 + [2, 2, 0, 3, 3, 0]
     assert out["positions"].tolist()[8:10] == [8, 9] and out["token_weight"].tolist() == [0] * 8 + [1, 1, 0] * 2
@@ -90,7 +90,7 @@ def test_a_border_token_that_answers_do_not_share_stays_with_them():
             return ids, scored
 
     row = record(prompt="Q", chosen="A. B", rejected="A. C", prefix="A. ")
-    out = lay_out(row, row.prefs[0], Odd(), RowLayout(7, 3, 2, 1))
+    out = lay_out(row, row.prefs[0], Odd(), sized(7, 3, 2, 1))
     assert out["tokens"].tolist()[4:] == [*letters("QA."), 600 + ord("B"), ord("B"), EOS, 600 + ord("C"), ord("C"), EOS]
     assert out["token_weight"].tolist()[7:] == [0, 1, 1, 0, 1, 1]
 
@@ -111,22 +111,22 @@ def test_image_tokens_are_counted():
 def test_a_row_that_does_not_fit_is_an_error():
     row = record("r", meta={"file": "a.parquet", "row": "9"})
     for layout, problem in (
-        (RowLayout(5, 5, 2, 1), "prompt take 6 tokens, there are 5 slots"),
-        (RowLayout(8, 3, 2, 1), "an answer takes 4 tokens, there are 3 slots"),
-        (RowLayout(8, 5, 2, 0), "has 1 images, there is room for 0"),
+        (sized(5, 5, 2, 1), "prompt take 6 tokens, there are 5 slots"),
+        (sized(8, 3, 2, 1), "an answer takes 4 tokens, there are 3 slots"),
+        (sized(8, 5, 2, 0), "has 1 images, there is room for 0"),
     ):
         with pytest.raises(DataError, match=f"a.parquet, row 9: .*{problem}"):
             lay_out(row, row.prefs[0], PROCESSOR, layout)
-    cut = lay_out(row, row.prefs[0], PROCESSOR, RowLayout(8, 3, 2, 1, shorten_answers=True))
+    cut = lay_out(row, row.prefs[0], PROCESSOR, sized(8, 3, 2, 1, shorten_answers=True))
     assert cut["tokens"].tolist()[8:11] == letters("yes")
     with pytest.raises(DataError, match="prompt take"):
-        lay_out(row, row.prefs[0], PROCESSOR, RowLayout(5, 3, 2, 1, shorten_answers=True))
+        lay_out(row, row.prefs[0], PROCESSOR, sized(5, 3, 2, 1, shorten_answers=True))
 
 
 def test_images_are_decoded_with_the_limits_again():
     row = dataclasses.replace(record(), media=(Media("image", encoded(size=(40, 40))),))
     with pytest.raises(BadRow, match="over the limit of 100 pixels"):
-        lay_out(row, row.prefs[0], PROCESSOR, RowLayout(8, 4, 2, 1, max_pixels=100))
+        lay_out(row, row.prefs[0], PROCESSOR, sized(8, 4, 2, 1, max_pixels=100))
 
 
 def test_measure_rounds_up():

@@ -7,25 +7,38 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from mmalign_jax.hf.pictures import Expansion, RowTraits
 from mmalign_jax.types import Media, Part, Preference, PreferenceRecord, Response, Turn
 
 IMAGE, EOS, BOS = 500, 501, 502
 
 
+class LetterPictures:
+    """Three image tokens a picture, 4 x 6 pixels."""
+
+    placeholder, video_placeholder = "<image>", ""
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    needs_size = False
+    blank = Expansion("", np.arange(3, dtype=np.int32), 1, (4, 6))
+
+    def expand(self, sizes, times=None):
+        return self.blank
+
+    def pixels(self, frames, times=None):
+        return np.asarray(frames[0].resize((6, 4), Image.Resampling.BOX), np.uint8)[None]
+
+
 class LetterProcessor:
-    """One token a character, three image tokens a picture, 4 x 6 pixels."""
+    """One token a character, three image tokens a picture."""
 
-    image_token_id = IMAGE
-    image_tokens = 3
-    size = (4, 6)
+    image_token_ids = (IMAGE,)
+    pictures = LetterPictures()
+    traits = RowTraits(tile_features=3)
 
-    def pixels(self, image):
-        return np.asarray(image.resize((6, 4), Image.Resampling.BOX), np.uint8)
-
-    def prompt_ids(self, turns):
+    def prompt_ids(self, turns, expansions):
         ids = [BOS]
         for part in (part for turn in turns for part in turn.parts):
-            ids += [IMAGE] * self.image_tokens if part.text is None else list(map(ord, part.text))
+            ids += [IMAGE] * 3 if part.text is None else list(map(ord, part.text))
         return np.array(ids, np.int32)
 
     def answer_ids(self, text, prefix=""):

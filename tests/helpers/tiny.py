@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from mmalign_jax.data.layout import RowLayout, lay_out
+from mmalign_jax.data.layout import RowLayout, lay_out, stack_rows, tokenize
 from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.hf.processor import Processor, load_processor
-from mmalign_jax.models.config import LlavaConfig
-from mmalign_jax.models.llava import Llava, Prefill
+from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.models.mllm import Mllm, Prefill
 from mmalign_jax.models.params import param_shardings
 from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
 from mmalign_jax.training.step import branch_logps
@@ -28,16 +28,16 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 @dataclasses.dataclass(frozen=True)
 class Tiny:
     directory: pathlib.Path
-    config: LlavaConfig
+    config: MllmConfig
     processor: Processor
-    model: Llava
+    model: Mllm
     params: dict
 
     @classmethod
     def load(cls, directory: pathlib.Path, **changes) -> "Tiny":
         config = read_config(directory)
         processor = load_processor(directory, config)
-        return cls(directory, config, processor, Llava(config, processor.mean, processor.std, **changes), load_params(directory, config))
+        return cls(directory, config, processor, Mllm(config, processor.mean, processor.std, **changes), load_params(directory, config))
 
     def sharded(self, mesh: jax.sharding.Mesh) -> dict:
         return load_params(self.directory, self.config, param_shardings(self.config, mesh))
@@ -69,11 +69,20 @@ MIXED = (
 def batch_of(
     records: Sequence[PreferenceRecord], processor, *, prefix_slots: int = 64, answer_slots: int = 24, answers: int = 2, images: int = 2
 ) -> PairBatch:
-    """The records as one batch `[B, ...]`."""
-    layout = RowLayout(prefix_slots, answer_slots, answers, images)
-    rows = [lay_out(record, record.prefs[0] if record.prefs else None, processor, layout) for record in records]
-    arrays = {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
-    return PairBatch(**arrays, prefix_slots=prefix_slots, answer_slots=answer_slots)
+    """The records as one batch `[B, ...]`, with at least so many slots and images."""
+    prefs = [record.prefs[0] if record.prefs else None for record in records]
+    sizes = [tokenize(*pair, processor, answers).size for pair in zip(records, prefs, strict=True)]
+    canvases = [processor.pictures.blank.canvas, *(size.canvas for size in sizes)]
+    layout = RowLayout(
+        prefix_slots=max(prefix_slots, *(size.prefix for size in sizes)),
+        answer_slots=max(answer_slots, *(size.longest for size in sizes)),
+        answers=answers,
+        images=max(images, *(size.images for size in sizes)),
+        canvas=(max(y for y, _ in canvases), max(x for _, x in canvases)),
+        patch_slots=max(processor.pictures.blank.slots, *(size.patch_slots for size in sizes)),
+    )
+    rows = [lay_out(*pair, processor, layout) for pair in zip(records, prefs, strict=True)]
+    return jax.tree.map(jnp.asarray, stack_rows(rows, layout))
 
 
 def parts(batch: PairBatch, count: int = 1) -> PairBatch:
@@ -85,19 +94,19 @@ def rows(batch: PairBatch, *wanted: int) -> PairBatch:
     return jax.tree.map(lambda x: x[np.array(wanted)], batch)
 
 
-def prefill(model: Llava, params: dict, batch: PairBatch, image_keep=None) -> Prefill:
-    features = model.encode_images(params, batch.images)
-    return model.prefill(params, features, batch.tokens, batch.role, batch.positions, batch.image_index, image_keep)
+def prefill(model: Mllm, params: dict, batch: PairBatch, visible=None) -> Prefill:
+    features = model.encode_images(params, batch.images, batch.patches)
+    return model.prefill(params, features, batch, visible)
 
 
-def answer_sums(model: Llava, params: dict, batch: PairBatch) -> jax.Array:
+def answer_sums(model: Mllm, params: dict, batch: PairBatch) -> jax.Array:
     """Log-prob sums `[B, K]` of the answers."""
-    return branch_logps(model, params, model.tower(params, batch.images), batch)[0]
+    return branch_logps(model, params, model.tower(params, batch.images, batch.patches), batch)[0]
 
 
-def sample(model: Llava, params: dict, batch: PairBatch, options: DecodeOptions, lanes: int = 1, seed: int = 0) -> Samples:
+def sample(model: Mllm, params: dict, batch: PairBatch, options: DecodeOptions, lanes: int = 1, seed: int = 0) -> Samples:
     """`lanes` continuations behind every row's prefix."""
     filled = prefill(model, params, batch)
     keys = lane_keys(jax.random.key(seed), batch.record_key, jnp.zeros_like(batch.record_key, jnp.int32), lanes)
     start = LaneStart.behind_prefix(batch.role, lanes)
-    return decode_lanes(model, params, filled, batch.role, batch.positions, start, keys, options)
+    return decode_lanes(model, params, filled, batch, start, keys, options)

@@ -7,7 +7,9 @@ from jax.sharding import PartitionSpec as P
 
 from mmalign_jax.errors import UserError
 from mmalign_jax.mesh import make_mesh
-from mmalign_jax.models.config import _ACTIVATIONS, RopeConfig, from_hf
+from mmalign_jax.hf.decoders import ACTIVATIONS
+from mmalign_jax.hf.families import read
+from mmalign_jax.models.config import RopeConfig
 from mmalign_jax.models.layers import activation
 from mmalign_jax.models.params import param_shardings
 
@@ -31,15 +33,15 @@ def test_old_and_new_spelling_of_rotary_scaling():
     old = changed(text_config={"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}})
     new = changed(text_config={"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}})
     expected = RopeConfig(theta=5e5, kind="linear", factor=4.0, original_max_positions=2048)
-    assert from_hf(old).decoder.rope == from_hf(new).decoder.rope == expected
+    assert read(old).decoder.rope == read(new).decoder.rope == expected
 
 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "llava_next"}, "model_type is 'llava_next'"),
-        ({"text_config": {"model_type": "qwen2"}}, "text_config.model_type is 'qwen2'"),
-        ({"vision_config": {"model_type": "siglip_vision_model"}}, "vision_config.model_type"),
+        ({"model_type": "blip_2"}, "model_type is 'blip_2'"),
+        ({"text_config": {"model_type": "opt"}}, "text_config.model_type is 'opt'"),
+        ({"vision_config": {"model_type": "dinov2"}}, "vision_config.model_type"),
         ({"text_config": {"rope_parameters": {"rope_type": "yarn"}}}, "rope_type is 'yarn'"),
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy"),
         ({"projector_hidden_act": "mish"}, "projector_hidden_act is 'mish'; supported: silu"),
@@ -49,12 +51,12 @@ def test_old_and_new_spelling_of_rotary_scaling():
 )
 def test_what_is_not_supported_is_refused_by_name(changes, named):
     with pytest.raises(UserError, match=named) as error:
-        from_hf(changed(**changes), where="dir/config.json")
+        read(changed(**changes), where="dir/config.json")
     assert str(error.value).startswith("dir/config.json: ")
 
 
 def test_every_activation_that_a_config_may_name_is_there():
-    assert all(callable(activation(name)) for name in _ACTIVATIONS)
+    assert all(callable(activation(name)) for name in ACTIVATIONS)
     with pytest.raises(ValueError, match="mish"):
         activation("mish")
 
@@ -69,14 +71,14 @@ def test_every_activation_that_a_config_may_name_is_there():
     ],
 )
 def test_sizes_that_the_tensor_axis_does_not_divide_are_refused(part, sizes, named):
-    config = from_hf(HF)
+    config = read(HF)
     config = dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **sizes)})
     with pytest.raises(UserError, match=f"config.mesh.tensor: 2 does not divide the model's {named}"):
         param_shardings(config, make_mesh(2, 2, 2))
 
 
 def test_widths_that_fsdp_does_not_divide_stay_whole():
-    config = from_hf(HF)
+    config = read(HF)
     narrow = dataclasses.replace(config, vision=dataclasses.replace(config.vision, width=18))
     shardings = param_shardings(narrow, make_mesh(1, 4, 2))
     assert shardings["vision_tower"]["layers"]["attention"]["query"]["kernel"].spec == P(None, None, "tensor", None)

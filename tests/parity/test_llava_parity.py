@@ -82,7 +82,7 @@ def ours(tiny: Tiny, batch: PairBatch, stop_ids: tuple[int, ...], banned_ids: tu
         keys = lane_keys(jax.random.key(0), batch.record_key, jnp.zeros(len(MIXED), jnp.int32), 1)
         options = DecodeOptions(TOKENS, stop_ids=stop_ids, banned_ids=banned_ids)
         start = LaneStart.behind_prefix(batch.role)
-        samples = decode_lanes(tiny.model, params, filled, batch.role, batch.positions, start, keys, options)
+        samples = decode_lanes(tiny.model, params, filled, batch, start, keys, options)
         return tiny.model.logits(params, filled.hidden), logps, samples
 
     return jax.device_get(run(tiny.params))

@@ -1,0 +1,96 @@
+"""A record's pictures and videos: what they take in a row, known from their headers, and their pixels and patches in it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mmalign_jax.data.bad_rows import Place
+from mmalign_jax.data.images import decode_image, image_size
+from mmalign_jax.errors import UserError
+from mmalign_jax.hf.pictures import Expansion, Pictures, RowTraits
+from mmalign_jax.types import Media, Patches
+
+
+def expand(medium: Media, pictures: Pictures, place: Place, *, max_pixels: int, max_bytes: int) -> Expansion:
+    """What a medium takes in a row. Its pixels are not decoded.
+
+    Raises:
+      BadRow (a DataError): a header that is damaged or a picture that is too large, where sizes matter; a medium that the model does
+        not take.
+    """
+    frames = _frames(medium)
+    limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "file": place.file, "row": place.row}
+    sizes = [image_size(data, **limits) for data in frames] if pictures.needs_size else [(0, 0)] * len(frames)
+    try:
+        return pictures.expand(sizes, medium.times if medium.kind == "video" else None)
+    except UserError as error:
+        raise place.bad("malformed_row", str(error), "Change or remove the picture.") from error
+
+
+def pixels(
+    media: Sequence[Media], pictures: Pictures, place: Place, *, tiles: int, canvas: tuple[int, int], max_pixels: int, max_bytes: int
+) -> np.ndarray:
+    """uint8[M, Y, W, 3]: the tiles of all media in order, in the upper left corners of their canvases.
+
+    What is not covered is zero, and no token and no patch points at it.
+    """
+    out, slot = np.zeros((tiles, *canvas, 3), np.uint8), 0
+    for medium in media:
+        limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "file": place.file, "row": place.row}
+        frames = [decode_image(data, **limits) for data in _frames(medium)]
+        made = pictures.pixels(frames, medium.times if medium.kind == "video" else None)
+        out[slot : slot + len(made), : made.shape[1], : made.shape[2]] = made
+        slot += len(made)
+    return out
+
+
+def feature_indices(expansions: Sequence[Expansion], traits: RowTraits) -> np.ndarray:
+    """int32[n]: for each image token of a row, in order, the feature that lands on it."""
+    out, first = [np.zeros(0, np.int32)], traits.first_feature
+    for medium in expansions:
+        out.append(np.where(medium.features < 0, 0, first + medium.features).astype(np.int32))
+        first += medium.tiles * traits.tile_features if traits.tile_features else medium.slots // traits.merge
+    return np.concatenate(out)
+
+
+def patches(expansions: Sequence[Expansion], traits: RowTraits, *, slots: int, canvas: tuple[int, int]) -> Patches:
+    """The patches of all media in order; slots behind them hold no patch."""
+    orders = [medium.order for medium in expansions]
+    frames = orders[0].cell.shape[1] if orders else 1
+    index, place = np.full((slots, frames), -1, np.int32), np.zeros((slots, 2), np.int32)
+    grid, segment = np.ones((slots, 2), np.int32), np.full(slots, -1, np.int32)
+    at = tile = pictures = 0
+    rows, columns = (side // traits.patch_size for side in canvas)
+    for medium, order in zip(expansions, orders, strict=True):
+        here, held = slice(at, at + len(order.segment)), order.segment >= 0
+        cell = order.cell + [tile, 0, 0]
+        index[here] = np.where(held[:, None], (cell[..., 0] * rows + cell[..., 1]) * columns + cell[..., 2], -1)
+        place[here], grid[here] = np.maximum(order.place, 0), np.maximum(order.grid, 1)
+        segment[here] = np.where(held, order.segment + pictures, -1)
+        at, tile, pictures = here.stop, tile + medium.tiles, pictures + int(order.segment.max(initial=-1)) + 1
+    return Patches(index, place, grid, segment)
+
+
+def rotary_positions(is_image: np.ndarray, expansions: Sequence[Expansion]) -> np.ndarray:
+    """int32[3, n]: time, row and column of each token of a prefix (M-RoPE, arXiv 2409.12191).
+
+    Text counts on in all three; a run of image tokens counts from where it starts, and text goes on behind the largest of its numbers.
+    """
+    out = np.zeros((3, len(is_image)), np.int32)
+    turns = np.concatenate([np.zeros((3, 0), np.int32), *(medium.turns for medium in expansions)], axis=1)
+    borders = np.flatnonzero(np.diff(is_image.astype(np.int8))) + 1
+    position = taken = 0
+    for run in np.split(np.arange(len(is_image)), borders):
+        if not len(run):
+            continue
+        if is_image[run[0]]:
+            out[:, run] = position + turns[:, taken : taken + len(run)]
+            taken += len(run)
+        else:
+            out[:, run] = position + np.arange(len(run))
+        position = int(out[:, run].max()) + 1
+    return out
+
+
+def _frames(medium: Media) -> tuple[bytes, ...]:
+    return medium.frames if medium.kind == "video" else (medium.data,)

@@ -1,0 +1,99 @@
+"""From tower features to decoder inputs: one small module a kind (`ConnectorConfig.kind`)."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mmalign_jax import mesh
+from mmalign_jax.models.config import ConnectorConfig, MllmConfig
+from mmalign_jax.models.layers import LayerNorm, Linear, RMSNorm, activation
+
+_ROWS = ("batch", None)
+
+
+class Connector(nn.Module):
+    """Features `[B F' Z]` of the tower to image features `[B F U]`, the ones that tokens point at."""
+
+    config: MllmConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B G Z"]) -> Float[Array, "B F U"]:
+        c, width = self.config.connector, self.config.decoder.width
+        match c.kind:
+            case "mlp":
+                x = _mlp(c, width, width, x)
+            case "linear":
+                x = _linear(width, c.bias, x)
+            case "shuffle":
+                x = _linear(width, c.bias, _squares(self.config, x))
+            case "shuffle_mlp":
+                x = _mlp(c, width, width, _norm(c, "norm")(_squares(self.config, x)))
+            case "pool":
+                x = _linear(width, c.bias, RMSNorm(c.norm_eps, offset=True, name="norm")(_pooled(self.config, x)))
+            case "merger":
+                x = self._merge(x)
+            case _:
+                raise ValueError(f"unknown connector {c.kind!r}")
+        if c.divide != 1.0:
+            x = x / jnp.asarray(c.divide, x.dtype)
+        if c.newline:
+            newline = self.param("newline", nn.initializers.normal(0.02), (width,)).astype(x.dtype)
+            newline = mesh.constrain(jnp.broadcast_to(newline, (x.shape[0], 1, width)), *_ROWS, None)
+            x = jnp.concatenate([newline, x], axis=1)
+        return x
+
+    def _merge(self, x: Float[Array, "B Q Z"]) -> Float[Array, "B F U"]:
+        """Squares of patches, which come one behind the other, to one feature each; every tap has a merger of its own."""
+        c, parts = self.config.connector, self.config.feature_parts
+        merged = []
+        for part, features in enumerate(jnp.split(x, parts, axis=-1)):
+            # the merger of the tower's output normalises patches, those of its taps whole squares
+            name = "" if part == 0 else f"tap{part - 1}_"
+            if part == 0:
+                features = _norm(c, "norm")(features)
+            rows, slots, width = features.shape
+            features = mesh.reshape(features, (rows, slots // c.scale**2, width * c.scale**2), *_ROWS, None)
+            if part:
+                features = _norm(c, f"{name}norm")(features)
+            merged.append(_mlp(c, features.shape[-1], self.config.decoder.width, features, name))
+        return jnp.concatenate(merged, axis=-1)
+
+
+def _norm(c: ConnectorConfig, name: str) -> nn.Module:
+    return RMSNorm(c.norm_eps, name=name) if c.norm == "rms" else LayerNorm(c.norm_eps, name=name)
+
+
+def _linear(width: int, bias: bool, x: Float[Array, "B F Z"]) -> Float[Array, "B F D"]:
+    kernel, bias_shape = (x.shape[-1], width), (width,) if bias else ()
+    return Linear("bfz,zd->bfd", kernel, ("embed", None), (*_ROWS, None), bias_shape, (None,), name="linear")(x)
+
+
+def _mlp(c: ConnectorConfig, inner: int, width: int, x: Float[Array, "B F Z"], prefix: str = "") -> Float[Array, "B F D"]:
+    inner_bias, outer_bias = ((inner,), (width,)) if c.bias else ((), ())
+    kernel = (x.shape[-1], inner)
+    x = Linear("bfz,zd->bfd", kernel, ("embed", "mlp"), (*_ROWS, "mlp"), inner_bias, ("mlp",), name=f"{prefix}fc1")(x)
+    x = activation(c.activation)(x)
+    return Linear("bfd,de->bfe", (inner, width), ("mlp", "embed"), (*_ROWS, None), outer_bias, (None,), name=f"{prefix}fc2")(x)
+
+
+def _grid(config: MllmConfig, x: Float[Array, "B F Z"]) -> Float[Array, "B M i s j s Z"]:
+    """The patches of square tiles, in squares of `scale` x `scale`."""
+    side, scale = config.vision.image_size // config.vision.patch_size, config.connector.scale
+    rows, _, width = x.shape
+    shape = (rows, -1, side // scale, scale, side // scale, scale, width)
+    shape = (rows, x.shape[1] // side**2, *shape[2:])
+    return mesh.reshape(x, shape, "batch", *(None,) * 6)
+
+
+def _squares(config: MllmConfig, x: Float[Array, "B F Z"]) -> Float[Array, "B F Z"]:
+    """Pixel shuffle: each square of patches becomes one feature, its patches side by side, row by row."""
+    grid = _grid(config, x).transpose(0, 1, 2, 4, 3, 5, 6)
+    rows, tiles, down, across, scale, _, width = grid.shape
+    return mesh.reshape(grid, (rows, tiles * down * across, scale * scale * width), *_ROWS, None)
+
+
+def _pooled(config: MllmConfig, x: Float[Array, "B F Z"]) -> Float[Array, "B F Z"]:
+    """The average of each square of patches."""
+    pooled = jnp.mean(_grid(config, x).astype(jnp.float32), axis=(3, 5)).astype(x.dtype)
+    rows, tiles, down, across, width = pooled.shape
+    return mesh.reshape(pooled, (rows, tiles * down * across, width), *_ROWS, None)

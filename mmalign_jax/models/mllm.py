@@ -1,0 +1,173 @@
+"""A multimodal LLM as pure functions of its parameters: the boundary that the rest of the package sees (DESIGN section 4).
+
+Policy and reference are one `Mllm` and two parameter trees `{"vision_tower": ..., "projector": ..., "decoder": ...}`.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from mmalign_jax import mesh
+from mmalign_jax.models.attention import packed_mask, softcap
+from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.models.connector import Connector
+from mmalign_jax.models.decoder import Decoder, KeyValues, LayerCache, Masks, local_layers
+from mmalign_jax.models.vision import VisionTower
+from mmalign_jax.types import PAD, PREFIX, PairBatch, Patches
+
+PARTS = ("vision_tower", "projector", "decoder")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """Last hidden states of a row and its keys and values, the shared cache of its decode lanes."""
+
+    hidden: Float[Array, "B T D"]
+    cache: KeyValues  # [L B T G E]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LaneView:
+    """What decode lanes see of their rows, wherever they are: which slots at all, and what a window depends on."""
+
+    allowed: Bool[Array, "B S T"]
+    positions: Int[Array, "B T"]
+    is_prefix: Bool[Array, "B T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mllm:
+    """One definition for policy and reference.
+
+    Args:
+      config: sizes.
+      pixel_mean, pixel_std: the processor's normalisation of pixels in [0, 1], applied on the device.
+      dtype: compute type, "float32" or "bfloat16".
+      remat: recompute every layer in the backward pass.
+    """
+
+    config: MllmConfig
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+    dtype: str = "float32"
+    remat: bool = False
+
+    def tower(
+        self, params: dict, images: UInt8[Array, "B M Y W 3"] | Float[Array, "B M Y W 3"], patches: Patches | None = None
+    ) -> Float[Array, "B G Z"]:
+        """Tower features of each row's images, before the projector. Images are pixels in 0..255."""
+        with jax.named_scope("vision_tower"):
+            pixels = (images.astype(jnp.float32) / 255.0 - jnp.array(self.pixel_mean)) / jnp.array(self.pixel_std)
+            return VisionTower(self.config, self.remat).apply({"params": params["vision_tower"]}, pixels.astype(self.dtype), patches)
+
+    def project(self, params: dict, features: Float[Array, "B G Z"]) -> Float[Array, "B F U"]:
+        with jax.named_scope("projector"):
+            return Connector(self.config).apply({"params": params["projector"]}, features)
+
+    def encode_images(
+        self, params: dict, images: UInt8[Array, "B M Y W 3"] | Float[Array, "B M Y W 3"], patches: Patches | None = None
+    ) -> Float[Array, "B F U"]:
+        return self.project(params, self.tower(params, images, patches))
+
+    def hidden(self, params: dict, features: Float[Array, "B F U"], batch: PairBatch) -> Float[Array, "B T D"]:
+        """Last hidden states of packed rows; image features land where `image_index` says."""
+        with jax.named_scope("decoder"):
+            return self._decode_rows(params, features, batch, Decoder(self.config.decoder, self.remat), None)[0]
+
+    def prefill(
+        self, params: dict, features: Float[Array, "B F U"], batch: PairBatch, visible: Bool[Array, "B T"] | None = None
+    ) -> Prefill:
+        """`hidden` that also returns the cache. Slots that are not `visible` are hidden from every query of every layer."""
+        with jax.named_scope("prefill"):
+            return Prefill(*self._decode_rows(params, features, batch, Decoder(self.config.decoder, keep_cache=True), visible))
+
+    def empty_tail(self, rows: int, lanes: int, slots: int) -> KeyValues:
+        """Tails `[L B S X G E]` for `slots` new tokens a lane."""
+        c = self.config.decoder
+        shape = (c.layers, rows, lanes, slots, c.kv_heads, c.head_width)
+        zeros = mesh.constrain(jnp.zeros(shape, self.dtype), None, "batch", None, None, "kv_heads", None)
+        return KeyValues(zeros, zeros)
+
+    def lane_view(
+        self, batch: PairBatch, slot: Int[Array, "B S"], visible: Bool[Array, "B T"] | None = None
+    ) -> tuple[LaneView, Int[Array, "B S"], Int[Array, "B S"]]:
+        """What lanes that begin behind `slot` see, and the position and the rotary position of their first new token."""
+        # not take_along_axis, which cannot tell the sharding of one lane of one row
+        take = jax.vmap(lambda values, slot: values[slot])
+        first, own_role = take(batch.positions, slot) + 1, take(batch.role, slot)
+        # a lane goes on behind text, whose three rotary positions are the same
+        turning = first if batch.mrope is None else take(batch.mrope[:, 0], slot) + 1
+        allowed = (batch.role != PAD)[:, None] & ((batch.role == PREFIX)[:, None] | (batch.role[:, None] == own_role[..., None]))
+        allowed &= batch.positions[:, None] < first[..., None]
+        if visible is not None:
+            allowed &= visible[:, None]
+        return LaneView(allowed, batch.positions, batch.role == PREFIX), first, turning
+
+    def decode_step(
+        self,
+        params: dict,
+        shared: KeyValues,
+        tail: KeyValues,
+        tokens: Int[Array, "B S"],
+        position: Int[Array, "B S"],
+        turning: Int[Array, "B S"],
+        view: LaneView,
+        index: Int[Array, ""],
+    ) -> tuple[Float[Array, "B S D"], KeyValues]:
+        """One new token in every lane: returns its last hidden state and the tails with slot `index` filled.
+
+        Args:
+          position, turning: position and rotary position of the new tokens.
+        """
+        local = local_layers(self.config.decoder)
+        near = None
+        if local.any():
+            near = position[..., None] - view.positions[:, None] < self.config.decoder.sliding_window
+            if self.config.decoder.bidirectional == "prefix":
+                near |= view.is_prefix[:, None]
+            near &= view.allowed
+        inputs = self._embed(params, tokens)
+        with jax.named_scope("decode_step"):
+            decoder = Decoder(self.config.decoder, keep_cache=True)
+            masks = Masks(None if local.all() else view.allowed, near)
+            return decoder.apply({"params": params["decoder"]}, inputs, turning, masks, cache=LayerCache(shared, tail), index=index)
+
+    def head(self, params: dict) -> Float[Array, "D V"]:
+        """The output kernel: the decoder's own, or the transposed embedding when they are tied."""
+        decoder = params["decoder"]
+        return decoder["embed"]["embedding"].T if self.config.decoder.tied_head else decoder["head"]["kernel"]
+
+    def logits(self, params: dict, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
+        """Float32 logits. For decoding, where only a few positions are asked for."""
+        kernel = mesh.constrain(self.head(params).astype(self.dtype), None, None)
+        logits = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
+        return softcap(logits, self.config.decoder.final_softcap)
+
+    def _decode_rows(self, params: dict, features: Array, batch: PairBatch, decoder: Decoder, visible: Array | None):
+        c, width = self.config.decoder, self.config.decoder.width
+        local = local_layers(c)
+        image = self._image_of(batch) if c.bidirectional == "image" else batch.image_index
+
+        def mask(window: int | None) -> Bool[Array, "B T T"]:
+            return packed_mask(batch.role, batch.positions, image, window=window, bidirectional=c.bidirectional, visible=visible)
+
+        masks = Masks(None if local.all() else mask(None), mask(c.sliding_window) if local.any() else None)
+        placed = jnp.take_along_axis(features, jnp.maximum(batch.image_index, 0)[..., None], axis=1).astype(self.dtype)
+        here, deep = (batch.image_index >= 0)[..., None], None
+        inputs = jnp.where(here, placed[..., :width], self._embed(params, batch.tokens))
+        if self.config.feature_parts > 1:
+            deep = jnp.stack(jnp.split(jnp.where(here, placed[..., width:], 0), self.config.feature_parts - 1, axis=-1))
+        turning = batch.positions if batch.mrope is None else batch.mrope
+        return decoder.apply({"params": params["decoder"]}, inputs, turning, masks, deep=deep)
+
+    def _image_of(self, batch: PairBatch) -> Int[Array, "B T"]:
+        """Number of the tile that a token is a feature of, -1 for text."""
+        return jnp.where(batch.image_index >= 0, batch.image_index // self.config.image_tokens, -1)
+
+    def _embed(self, params: dict, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        decoder = Decoder(self.config.decoder)
+        return decoder.apply({"params": params["decoder"]}, tokens, jnp.dtype(self.dtype), method=Decoder.embed_tokens)
