@@ -64,7 +64,7 @@ def main(config: Config) -> int:
     console = Console()
     data = dataclasses.replace(config.data, path=options.data)
     with console.phase("Reading the data set") as progress:
-        imported = builder.obtain(data, data.cache or out.with_name(f"{out.name}.imported"), progress=progress)
+        imported = builder.obtain(data, out.with_name(f"{out.name}.imported"), progress=progress)
     console.line(f"{imported.count} records of {options.data}" + (f"; skipped {dict(imported.skipped)}" if imported.skipped else ""))
     maker = _Maker(dataclasses.replace(config, data=data), model, References(builder.open_records(imported.dir)), console)
     prepared = builder.prepare(data, Source("BDHS", maker.identity(imported.fingerprint), maker.rows), out)

@@ -5,7 +5,7 @@ import functools
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,7 +41,7 @@ from mmalign_jax.report.html import write_report
 from mmalign_jax.report.records import Answer, GalleryItem, ScoreRow, SkippedRow, score_cells
 from mmalign_jax.scenes import model as scenes_model
 from mmalign_jax.scenes import splits
-from mmalign_jax.training.checkpoint import restore_params
+from mmalign_jax.training.checkpoint import abstract_policy, restore_params
 from mmalign_jax.training.loop import Batches, Trained, train
 from mmalign_jax.training.step import LossFunction, split_params
 from mmalign_jax.types import PairBatch, PreferenceRecord
@@ -103,9 +103,9 @@ class Policy:
         console.line(f"Model {path}; {mesh.size} {jax.devices()[0].device_kind} devices, mesh {dict(mesh.shape)}, compute {dtype}")
         return cls(path, sizes, model, processor, mesh)
 
-    def params(self, dtype: str = "float32") -> dict:
-        """The SFT model's tree, in its shards."""
-        return load_params(self.path, self.sizes, param_shardings(self.sizes, self.mesh), dtype)
+    def params(self, dtype: str = "float32", parts: Collection[str] | None = None) -> dict:
+        """The SFT model's tree, in its shards; only these parts of it, where they are named."""
+        return load_params(self.path, self.sizes, param_shardings(self.sizes, self.mesh), dtype, parts)
 
 
 @dataclasses.dataclass
@@ -143,15 +143,12 @@ class _Run:
 
     def _records(self) -> builder.RecordSource:
         """The checked records of the data set: opened, rendered or imported."""
-        c, target = self.config, Path(self.config.data.cache or self.workdir / "data")
+        c, target, source = self.config, self.workdir / "data", None
+        if c.data.format == "scenes":
+            target, source = target / c.data.split, scenes_source(c, c.data.split)
         with self.console.phase("Preparing data") as progress:
             read = lambda rows, skipped: progress(rows, None)  # noqa: E731
-            if c.data.format == "scenes":
-                source = scenes_source(c, c.data.split)
-                prepare = functools.partial(builder.prepare, c.data, source, target / c.data.split, progress=read)
-            else:
-                prepare = functools.partial(builder.obtain, c.data, target, progress=read)
-            prepared = _first_process_first("data", prepare)
+            prepared = _first_process_first("data", functools.partial(builder.obtain, c.data, target, source, progress=read))
         self.skipped += _skipped(prepared)
         left_out = ", ".join(f"{count} {reason}" for reason, count in prepared.skipped.items())
         self.console.line(f"{prepared.count} records of {prepared.read} rows" + (f"; skipped: {left_out}" if left_out else ""))
@@ -281,7 +278,9 @@ class _Run:
         truth = world.objects_of(record) if "objects" in record.meta else None
         mark = lambda text: Answer(text, () if truth is None else world.hallucinated(text, truth))  # noqa: E731
         limits = {"max_pixels": self.config.data.max_image_pixels, "max_bytes": self.config.data.max_image_bytes}
-        images = tuple(np.asarray(decode_image(medium.data, file="records", row=record.id, **limits)) for medium in record.media)
+        # of a video at most four frames, evenly apart
+        shown = [data for medium in record.media for data in medium.pictures[:: -(-len(medium.pictures) // 4)]]
+        images = tuple(np.asarray(decode_image(data, file="records", row=record.id, **limits)) for data in shown)
         prompt = " ".join(part.text for turn in record.turns for part in turn.parts if part.text is not None)
         texts = [record.responses[index].text for index in (record.prefs[0].win, record.prefs[0].lose)]
         return GalleryItem(record.id, images, prompt, mark(texts[0]), mark(texts[1]), mark(_ended(before)), mark(_ended(after)))
@@ -313,8 +312,8 @@ def export_step(workdir: Path, step: int | None, out: Path) -> Path:
     config = from_mapping(run_files.read_json(workdir / "config.json"))
     # the run's mesh is not needed here: a laptop exports what a pod trained
     policy = Policy.load(config, workdir, Console(enabled=False), mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1]))
-    params, _ = split_params(policy.params(), config.model.freeze)
-    trained = restore_params(workdir / "checkpoints", step, params)
+    like, _ = split_params(abstract_policy(policy.sizes, policy.mesh), config.model.freeze)
+    trained = restore_params(workdir / "checkpoints", step, like)
     return export(trained, policy.path, out, dtype=config.export.dtype)
 
 

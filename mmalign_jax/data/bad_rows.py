@@ -9,7 +9,9 @@ REASONS = (
     "missing_image",  # no bytes, no such file, or a path that leaves the root
     "unreadable_image",  # truncated, corrupt, animated, or a format that is not supported
     "image_too_large",  # over the limit on bytes, pixels or aspect ratio
-    "placeholder_mismatch",  # image placeholders and images differ in number
+    "unreadable_video",  # an encoded file instead of frames
+    "video_too_long",  # over the limit on frames or on bytes of all frames together
+    "placeholder_mismatch",  # placeholders and images or videos differ in number
     "no_answer",  # an answer is missing or empty
     "equal_answers",  # chosen and rejected are the same text
     "malformed_row",  # anything else that the format does not allow

@@ -34,7 +34,7 @@ from mmalign_jax.types import PreferenceRecord
 
 _SPLIT = "train"
 _SHARD_RECORDS = 2048
-_CHUNK_RECORDS = 64  # held in memory at a time; TFDS rewrites its metadata after each chunk
+_CHUNK_RECORDS, _CHUNK_BYTES = 64, 64 << 20  # held in memory at a time; TFDS rewrites its metadata after each chunk
 
 
 class PreferenceRecords(tfds.core.GeneratorBasedBuilder):
@@ -68,7 +68,14 @@ class PreferenceRecords(tfds.core.GeneratorBasedBuilder):
         writer = tfds.core.SequentialWriter(info, _SHARD_RECORDS, file_format=tfds.core.FileFormat.ARRAY_RECORD.value)
         for split, examples in self._split_generators(dl_manager).items():
             writer.initialize_splits([split])
-            while chunk := [example for _, example in itertools.islice(examples, _CHUNK_RECORDS)]:
+            chunk, size = [], 0
+            for _, example in examples:
+                chunk.append(example)
+                size += sum(map(len, example["media"]))
+                if len(chunk) == _CHUNK_RECORDS or size >= _CHUNK_BYTES:
+                    writer.add_examples({split: chunk})
+                    chunk, size = [], 0
+            if chunk:
                 writer.add_examples({split: chunk})
         writer.close_all()
         self.info.set_splits(info.splits)
@@ -107,8 +114,7 @@ def prepare(config: DataConfig, source: Source, out_dir: str | Path, *, progress
       UserError: `out_dir` holds something that is not a prepared set.
     """
     out = Path(out_dir)
-    settings = [SCHEMA, source.fingerprint, config.on_bad_row, config.max_image_pixels, config.max_image_bytes]
-    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    fingerprint = _fingerprint(config, source)
     if (done := _finished(out)) and done["fingerprint"] == fingerprint and _unchanged(done["side_files"]):
         return _prepared(out, done, reused=True)
     if done is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -130,15 +136,32 @@ def prepare(config: DataConfig, source: Source, out_dir: str | Path, *, progress
     return _prepared(out, _finished(out))
 
 
-def obtain(config: DataConfig, out_dir: str | Path, *, progress: Callable[[int, int], None] | None = None) -> PreparedSet:
-    """The prepared set that `config` names: opened when `config.path` is one already, else imported to `out_dir`.
+def obtain(
+    config: DataConfig, out_dir: str | Path, source: Source | None = None, *, progress: Callable[[int, int], None] | None = None
+) -> PreparedSet:
+    """The prepared set that `config` names: opened when `config.path` is one already, else imported.
+
+    It is imported to `out_dir`, or, where `config.cache` is set, to a directory there that is named by the fingerprint: sets, and
+    settings that make other records of the same set, share a cache without replacing each other.
+
+    Args:
+      source: where the rows come from; None: from `config.path`.
 
     Raises:
       UserError, DataError: see `prepare` and `sources.read`.
     """
-    if config.format == "records" or (config.format == "auto" and sources.detect(config.path) == "records"):
-        return describe(config.path)
-    return prepare(config, sources.read(config), out_dir, progress=progress)
+    if source is None:
+        if config.format == "records" or (config.format == "auto" and sources.detect(config.path) == "records"):
+            return describe(config.path)
+        source = sources.read(config)
+    out = Path(config.cache) / _fingerprint(config, source)[:16] if config.cache else out_dir
+    return prepare(config, source, out, progress=progress)
+
+
+def _fingerprint(config: DataConfig, source: Source) -> str:
+    """Of the records that an import of `source` writes, side files apart."""
+    limits = [config.max_image_pixels, config.max_image_bytes, config.max_frames]
+    return hashlib.sha256(json.dumps([SCHEMA, source.fingerprint, config.on_bad_row, *limits]).encode()).hexdigest()
 
 
 def describe(directory: str | Path) -> PreparedSet:
@@ -194,7 +217,7 @@ def _checked(source: Source, config: DataConfig) -> Iterator[dict[str, Any] | Ba
             return row
         place = place_of(row, source.name)
         try:
-            check_record(row, place, max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes)
+            check_record(row, place, max_pixels=config.max_image_pixels, max_bytes=config.max_image_bytes, max_frames=config.max_frames)
             return to_example(row)
         except BadRow as error:
             return error

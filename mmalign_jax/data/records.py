@@ -8,21 +8,21 @@ from typing import Any
 from mmalign_jax.errors import DataError
 from mmalign_jax.types import Media, Part, Preference, PreferenceRecord, Response, Turn
 
-SCHEMA = 1  # raised whenever the JSON below changes; older sets are imported again
+SCHEMA = 2  # raised whenever the JSON below changes; older sets are imported again
 
 _STR, _INT, _FLOAT, _SCORE = (str,), (int,), (float, int), (float, int, type(None))
 _TOP = {
     "schema": _INT, "id": _STR, "media": (list,), "turns": (list,), "responses": (list,), "prefs": (list,), "prefix": _STR,
     "complete": (bool,), "meta": (dict,),
 }  # fmt: skip
-_MEDIA = {"kind": _STR, "origin": _STR}
+_MEDIA = {"kind": _STR, "origin": _STR, "times": (list,)}
 _TURN = {"role": _STR, "parts": (list,)}
 _RESPONSE = {"text": _STR, "source": _STR, "score": _SCORE, "critique": _STR}
 _PREF = {"win": _INT, "lose": _INT, "weight": _FLOAT, "margin": _FLOAT}
 
 
 def to_example(record: PreferenceRecord) -> dict[str, Any]:
-    """`{"record": JSON text, "media": list of bytes}`.
+    """`{"record": JSON text, "media": list of bytes}`. The bytes are those of all pictures in order: one an image, one a frame of a video.
 
     Raises:
       ValueError, TypeError: `record.meta` holds something that JSON does not have (a NaN, an object).
@@ -30,7 +30,7 @@ def to_example(record: PreferenceRecord) -> dict[str, Any]:
     plain = {
         "schema": SCHEMA,
         "id": record.id,
-        "media": [{"kind": medium.kind, "origin": medium.origin} for medium in record.media],
+        "media": [{"kind": m.kind, "origin": m.origin, "times": list(map(float, m.times))} for m in record.media],
         "turns": [{"role": turn.role, "parts": [_part(part) for part in turn.parts]} for turn in record.turns],
         "responses": [dataclasses.asdict(response) for response in record.responses],
         "prefs": [dataclasses.asdict(pref) for pref in record.prefs],
@@ -39,7 +39,7 @@ def to_example(record: PreferenceRecord) -> dict[str, Any]:
         "meta": dict(record.meta),
     }
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, sort_keys=True, separators=(",", ":"))
-    return {"record": text, "media": [medium.data for medium in record.media]}
+    return {"record": text, "media": [picture for medium in record.media for picture in medium.pictures]}
 
 
 def from_example(example: Mapping[str, Any], *, file: str, row: str) -> PreferenceRecord:
@@ -53,12 +53,9 @@ def from_example(example: Mapping[str, Any], *, file: str, row: str) -> Preferen
         _check(plain, _TOP, "record")
         if plain["schema"] != SCHEMA:
             raise ValueError(f"schema version {plain['schema']}, this release reads {SCHEMA}")
-        data = list(example["media"])
-        if len(data) != len(plain["media"]):
-            raise ValueError(f"{len(data)} media for {len(plain['media'])} descriptions")
         return PreferenceRecord(
             id=plain["id"],
-            media=tuple(Media(data=bytes(b), **_check(m, _MEDIA, "media")) for m, b in zip(plain["media"], data, strict=True)),
+            media=_media(plain["media"], list(example["media"])),
             turns=tuple(_turn(turn) for turn in plain["turns"]),
             responses=tuple(Response(**_check(response, _RESPONSE, "response")) for response in plain["responses"]),
             prefs=tuple(Preference(**_check(pref, _PREF, "pref")) for pref in plain["prefs"]),
@@ -66,8 +63,25 @@ def from_example(example: Mapping[str, Any], *, file: str, row: str) -> Preferen
             complete=plain["complete"],
             meta=plain["meta"],
         )
-    except (ValueError, KeyError) as error:  # JSON and UTF-8 errors are ValueErrors
+    except (ValueError, KeyError, OverflowError) as error:  # JSON and UTF-8 errors are ValueErrors
         raise DataError(f"not a preference record ({error})", file=file, row=row, mend="Import the data set again.") from error
+
+
+def _media(plain: list, data: list[bytes]) -> tuple[Media, ...]:
+    """Gives every description its pictures, in order."""
+    out, used = [], 0
+    for medium in plain:
+        _check(medium, _MEDIA, "media")
+        image, times = medium["kind"] == "image", [_check({"time": time}, {"time": _FLOAT}, "times")["time"] for time in medium["times"]]
+        found = tuple(map(bytes, data[used : used + (1 if image else len(times))]))
+        used += len(found)
+        if image and not found:
+            raise ValueError("an image without bytes")
+        content = {"data": found[0]} if image else {"frames": found}
+        out.append(Media(medium["kind"], origin=medium["origin"], times=tuple(map(float, times)), **content))
+    if used != len(data):
+        raise ValueError(f"{len(data)} pictures, the media have {used}")
+    return tuple(out)
 
 
 def _part(part: Part) -> dict[str, Any]:

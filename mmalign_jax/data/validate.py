@@ -2,16 +2,18 @@
 
 import math
 
-from mmalign_jax.data.bad_rows import Place
+from mmalign_jax.data.bad_rows import BadRow, Place
 from mmalign_jax.data.images import decode_image
-from mmalign_jax.types import PreferenceRecord
+from mmalign_jax.types import Media, PreferenceRecord
 
-IMAGE_TAG = "<image>"
+TAGS = {"image": "<image>", "video": "<video>"}  # kind of media -> its placeholder in texts
+MAX_FRAMES = 512
+MAX_RECORD_BYTES = 1 << 30  # of all pictures of a record: a record is one protobuf message, which cannot have 2 GiB
 ROLES = ("system", "user", "assistant", "tool")
 
 
-def check_record(record: PreferenceRecord, place: Place, *, max_pixels: int, max_bytes: int) -> None:
-    """Checks structure, answers, placeholders, and that every image decodes within the limits.
+def check_record(record: PreferenceRecord, place: Place, *, max_pixels: int, max_bytes: int, max_frames: int = MAX_FRAMES) -> None:
+    """Checks structure, answers, placeholders, and that every image and every frame decodes within the limits.
 
     Raises:
       BadRow: with the first thing that is wrong.
@@ -19,10 +21,31 @@ def check_record(record: PreferenceRecord, place: Place, *, max_pixels: int, max
     _check_turns(record, place)
     _check_slots(record, place)
     _check_responses(record, place)
-    for medium in record.media:
-        if medium.kind != "image":
-            raise place.bad("malformed_row", f"media of kind {medium.kind!r} are not supported", "Use rows with images only.")
-        decode_image(medium.data, max_pixels=max_pixels, max_bytes=max_bytes, file=place.file, row=place.row)
+    size = sum(len(picture) for medium in record.media for picture in medium.pictures)
+    if size > MAX_RECORD_BYTES:
+        problem = f"the row's pictures have {size} bytes, over the limit of {MAX_RECORD_BYTES}"
+        raise place.bad("image_too_large", problem, "Give fewer or smaller pictures.")
+    for number, medium in enumerate(record.media):
+        if medium.kind == "image":
+            decode_image(medium.data, max_pixels=max_pixels, max_bytes=max_bytes, file=place.file, row=place.row)
+        else:
+            _check_frames(medium, number, place, max_pixels, max_bytes, max_frames)
+
+
+def _check_frames(video: Media, number: int, place: Place, max_pixels: int, max_bytes: int, max_frames: int) -> None:
+    if len(video.frames) > max_frames:
+        problem = f"medium {number} has {len(video.frames)} frames, over the limit of {max_frames}"
+        raise place.bad("video_too_long", problem, "Give fewer frames or raise config.data.max_frames.")
+    first = None
+    for index, frame in enumerate(video.frames):
+        try:
+            size = decode_image(frame, max_pixels=max_pixels, max_bytes=max_bytes, file=place.file, row=place.row).size
+        except BadRow as error:
+            raise place.bad(error.reason, f"frame {index} of medium {number}: {error.problem}", error.mend) from error
+        first = first or size
+        if size != first:
+            problem = f"frame {index} of medium {number} is {size[0]} x {size[1]}, the first one {first[0]} x {first[1]}"
+            raise place.bad("malformed_row", problem, "Give all frames of a video the same size.")
 
 
 def _check_turns(record: PreferenceRecord, place: Place) -> None:
@@ -46,20 +69,22 @@ def _check_turns(record: PreferenceRecord, place: Place) -> None:
 def _check_slots(record: PreferenceRecord, place: Place) -> None:
     slots = [part.media for turn in record.turns for part in turn.parts if part.media is not None]
     if sorted(slots) != list(range(len(record.media))):
-        raise mismatch(place, len(slots), len(record.media))
-    for turn in record.turns:
-        if any(IMAGE_TAG in part.text for part in turn.parts if part.text is not None):
-            raise place.bad("placeholder_mismatch", f"a text still holds {IMAGE_TAG}", "Make it an image part, or remove it.")
-    if any(IMAGE_TAG in text for text in [record.prefix, *(response.text for response in record.responses)]):
-        raise place.bad("placeholder_mismatch", f"an answer holds {IMAGE_TAG}", "Only prompts can show images; remove it.")
+        problem = f"the prompt shows the media {sorted(slots)}, the row has {len(record.media)}"
+        raise place.bad("placeholder_mismatch", problem, "Show every image and video of the row exactly once.")
+    for tag in TAGS.values():
+        for turn in record.turns:
+            if any(tag in part.text for part in turn.parts if part.text is not None):
+                raise place.bad("placeholder_mismatch", f"a text still holds {tag}", "Make it a part of its own, or remove it.")
+        if any(tag in text for text in [record.prefix, *(response.text for response in record.responses)]):
+            raise place.bad("placeholder_mismatch", f"an answer holds {tag}", "Only prompts can show images and videos; remove it.")
 
 
-def mismatch(place: Place, slots: int, images: int):
-    """The error for `slots` placeholders that should be filled by `images` images."""
+def mismatch(place: Place, kind: str, slots: int, media: int) -> BadRow:
+    """The error for `slots` placeholders that should be filled by `media` images or videos."""
     return place.bad(
         "placeholder_mismatch",
-        f"{slots} image placeholders for {images} images",
-        f"Write {IMAGE_TAG} (or an image part) in the prompt exactly once for each image.",
+        f"{slots} {kind} placeholders for {media} {kind}s",
+        f"Write {TAGS[kind]} (or a part of type {kind}) in the prompt exactly once for each {kind}.",
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -37,7 +37,13 @@ def read_config(directory: str | pathlib.Path) -> MllmConfig:
     return config if same else dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, tied_head=False))
 
 
-def load_params(directory: str | pathlib.Path, config: MllmConfig, shardings: Mapping | None = None, dtype: Any = np.float32) -> dict:
+def load_params(
+    directory: str | pathlib.Path,
+    config: MllmConfig,
+    shardings: Mapping | None = None,
+    dtype: Any = np.float32,
+    parts: Collection[str] | None = None,
+) -> dict:
     """Reads the parameter tree of a model directory. One leaf at a time is whole on the host.
 
     Args:
@@ -45,6 +51,7 @@ def load_params(directory: str | pathlib.Path, config: MllmConfig, shardings: Ma
       config: from `read_config`.
       shardings: the tree's shardings (`models.params.param_shardings`); None puts every leaf on the default device.
       dtype: of every leaf.
+      parts: top-level names of the tree (such as "vision_tower"); the values of other parts are not read. None: all.
 
     Raises:
       UserError: a tensor is unknown, missing, there twice, or has another shape or type than the config says.
@@ -55,6 +62,8 @@ def load_params(directory: str | pathlib.Path, config: MllmConfig, shardings: Ma
     dtype = np.dtype(dtype)
     leaves = {}
     for entry in families.of(config).names(config).entries:
+        if parts is not None and entry.path[0] not in parts:
+            continue
         host = np.empty(entry.leaf_shape, dtype)
         for layer, name in enumerate(entry.names):
             target = host if entry.layers is None else host[layer]

@@ -78,9 +78,7 @@ class NameTable:
 
     def hub_name(self, reduced: str) -> str:
         """The name of a reduced name in the hub's layout."""
-        parts = [(prefix, found) for prefix, found in self.prefixes.items() if reduced.startswith(found)]
-        prefix, found = max(parts, key=lambda pair: len(pair[1]))
-        prefix = next(first for first, same in parts if same == found)
+        prefix, found = next((prefix, found) for prefix, found in self.prefixes.items() if reduced.startswith(found))
         return prefix + reduced.removeprefix(found)
 
 

@@ -16,8 +16,8 @@ import transformers
 from jaxtyping import Bool, Int32
 
 from mmalign_jax.errors import DataError, UserError
-from mmalign_jax.hf.files import read_json
 from mmalign_jax.hf import families
+from mmalign_jax.hf.files import read_json
 from mmalign_jax.hf.pictures import Expansion, Pictures, RowTraits
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.types import Turn

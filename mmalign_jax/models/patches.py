@@ -32,6 +32,8 @@ def window_mask(patches: Patches, slots: int) -> Bool[Array, "B M 1 N"]:
 
 
 class PatchEmbedding(nn.Module):
+    """Patches of pictures to the tower's width, their positions added where the tower has a table of them."""
+
     config: VisionConfig
 
     @nn.compact

@@ -3,8 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from mmalign_jax import mesh
 from mmalign_jax.models.config import MllmConfig, VisionConfig

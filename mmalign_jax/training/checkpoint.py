@@ -5,10 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mmalign_jax.config import CheckpointConfig
 from mmalign_jax.errors import UserError
+from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.models.params import abstract_params, param_shardings
+from mmalign_jax.training.step import init_state
 from mmalign_jax.types import TrainState
 
 
@@ -35,22 +41,32 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(_saved(state)), position=ocp.args.JsonSave(position))
         self._manager.save(int(state.step), args=args)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state, in the shardings of `like` and with its frozen parameters, and the loader's position.
+    def restore(self, like: TrainState, frozen: dict) -> tuple[TrainState, dict[str, Any]]:
+        """The newest state and the loader's position. Every array is read straight into its shards, on whatever mesh it was written.
+
+        Args:
+          like: `abstract_state`; only its shapes, types and shardings are used.
+          frozen: the parameters that checkpoints do not hold.
 
         Raises:
-          UserError: the checkpoint is of a model of other sizes, or cannot be read.
+          UserError: the checkpoint is of another model, of other sizes or with other parts that train, or cannot be read.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _saved(like))
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), position=ocp.args.JsonRestore())
+        where = self._directory.absolute() / str(self.latest)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_saved(like)), position=ocp.args.JsonRestore())
         try:
+            # orbax finds another shape when it has begun to read, and then leaves its own tasks behind unfinished
+            theirs, ours = (_shapes(tree) for tree in (ocp.StandardCheckpointHandler().metadata(where / "state").tree["params"], like.params))
+            if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
+                name = differing[0]
+                problem = f"{name} has shape {theirs.get(name)} there, {ours.get(name)} in this run"
+                raise UserError(f"{where}: the checkpoint is of another model ({problem}); use a new --workdir")
             restored = self._manager.restore(self.latest, args=args)
         except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
-            where, reason = self._directory / str(self.latest), " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())[:300]
             raise UserError(f"{where}: the checkpoint cannot be read ({reason}); remove it or use a new --workdir") from error
         state = restored["state"]
         key = jax.random.wrap_key_data(state["key"])
-        return TrainState(state["step"], state["params"], like.frozen, state["opt_state"], key), restored["position"]
+        return TrainState(state["step"], state["params"], frozen, state["opt_state"], key), restored["position"]
 
     def close(self) -> None:
         """Waits until everything is on disk."""
@@ -62,6 +78,7 @@ def restore_params(directory: Path, step: int | None, like: dict) -> dict:
     """Only the trainable parameters of a checkpoint, in the shardings of `like`.
 
     Args:
+      like: shapes, types and shardings of the trainable parameters, or arrays that have them.
       step: which checkpoint; None: the newest.
 
     Raises:
@@ -78,5 +95,39 @@ def restore_params(directory: Path, step: int | None, like: dict) -> dict:
         return manager.restore(step, args=args)["state"]["params"]
 
 
+def abstract_policy(sizes: MllmConfig, mesh: Mesh) -> dict:
+    """The policy's whole tree as shapes, types and shardings; nothing is allocated."""
+    placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(placed, abstract_params(sizes), param_shardings(sizes, mesh))
+
+
+def abstract_state(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """What `init_state` makes of trainable parameters, as shapes, types and shardings. Call it under the mesh.
+
+    Args:
+      params: abstract; see `abstract_policy`.
+    """
+    state = jax.eval_shape(lambda some: init_state(some, {}, optimizer, 0), params)
+
+    def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # moments have the spec of their parameter by explicit sharding; counters and the key have none: they are whole everywhere
+        spec = P() if leaf.sharding is None else leaf.sharding.spec
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, state)
+
+
+def _shapes(params: dict) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
 def _saved(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, "key": jax.random.key_data(state.key)}
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, "key": _key_data(state.key)}
+
+
+def _key_data(key: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:
+    if isinstance(key, jax.Array):
+        return jax.random.key_data(key)
+    data = jax.eval_shape(jax.random.key_data, key)
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=NamedSharding(key.sharding.mesh, P()))

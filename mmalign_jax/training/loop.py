@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.report.console import Console
 from mmalign_jax.report.metrics import MetricsWriter
-from mmalign_jax.training.checkpoint import Checkpoints
+from mmalign_jax.training.checkpoint import Checkpoints, abstract_policy, abstract_state
 from mmalign_jax.training.flops import mfu, step_flops
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.signals import StopRequest
@@ -52,14 +52,14 @@ def train(
     mesh: Mesh,
     sizes: MllmConfig,
     loss: LossFunction,
-    load_params: Callable[[str], dict],
+    load_params: Callable[[str, Collection[str]], dict],
     batches: Batches,
     console: Console,
 ) -> Trained:
     """Trains until `config.train.steps`, or goes on from the newest checkpoint of `workdir`.
 
     Args:
-      load_params: the SFT model's tree in the type given by name, in its shards: policy at step 0, and reference.
+      load_params: reads parts of the SFT model's tree in the type given by name, in their shards: policy at step 0, and reference.
 
     Raises:
       UserError: a step's loss is not finite (with the step and the rows' record keys), or a checkpoint cannot be read.
@@ -68,28 +68,32 @@ def train(
     kept = config.model.reference_dtype
     kept = loss.model.dtype if kept == "auto" else kept
     with jax.set_mesh(mesh):
-        with console.phase("Loading policy"):
-            params, _ = split_params(load_params("float32"), config.model.freeze)
-        with console.phase("Loading reference and frozen parts"):
-            reference, frozen = split_params(load_params(kept), config.model.freeze)
-            reference = reference if loss.objective.needs_reference else None
-        state = init_state(params, frozen, optimizer, config.train.seed)
+        like, fixed = split_params(abstract_policy(sizes, mesh), config.model.freeze)
         step = make_train_step(loss, optimizer, schedule)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         writer = MetricsWriter(
             workdir, config.report.tensorboard, config.report.wandb, dataclasses.asdict(config), enabled=jax.process_index() == 0
         )
         try:
-            with writer, StopRequest() as stop:
-                start = 0
-                if checkpoints.latest is not None:
-                    state, position = checkpoints.restore(state)
+            with writer:
+                with console.phase("Loading reference and frozen parts"):
+                    parts = [*like, *fixed] if loss.objective.needs_reference else [*fixed]
+                    reference, frozen = split_params(load_params(kept, parts), config.model.freeze)
+                    reference = reference if loss.objective.needs_reference else None
+                # either a new state or a saved one: both at once would take twice the memory of parameters and moments
+                if checkpoints.latest is None:
+                    with console.phase("Loading policy"):
+                        state = init_state(load_params("float32", [*like]), frozen, optimizer, config.train.seed)
+                else:
+                    with console.phase("Reading the checkpoint"):
+                        state, position = checkpoints.restore(abstract_state(like, optimizer, mesh), frozen)
                     batches.set_state(position)
-                    start = int(state.step)
-                    console.line(f"Going on from the checkpoint of step {start}")
+                    console.line(f"Going on from the checkpoint of step {int(state.step)}")
+                start = int(state.step)
                 writer.truncate_after(start)
-                run = _Run(config, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop)
-                state = run(state, reference, start)
+                with StopRequest() as stop:
+                    run = _Run(config, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop)
+                    state = run(state, reference, start)
         finally:
             checkpoints.close()
     name = "" if stop.signal is None or int(state.step) >= config.train.steps else stop.signal.name

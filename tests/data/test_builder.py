@@ -11,6 +11,7 @@ from helpers.rows import encoded, record, rlaif_row, write_parquet
 
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data import builder
+from mmalign_jax.data import records as records_on_disk
 from mmalign_jax.data.bad_rows import BadRow
 from mmalign_jax.data.sources.source import MARKER, Source
 from mmalign_jax.errors import DataError, UserError
@@ -125,6 +126,35 @@ def test_reuse_and_change(tmp_path):
     assert builder.obtain(config, out).count == 2
     assert builder.obtain(dataclasses.replace(config, path=str(out)), tmp_path / "unused").count == 2  # format "records"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.parquet", "set"]
+
+
+def test_two_sets_share_a_cache(tmp_path):
+    tables = [write_parquet(tmp_path / f"{name}.parquet", [rlaif_row(question=name)]) for name in ("a", "b")]
+    first, second = (DataConfig(path=path, cache=str(tmp_path / "cache")) for path in tables)
+    unused = tmp_path / "unused"
+    a = builder.obtain(first, unused)
+    opened = builder.open_records(a.dir)
+    b = builder.obtain(second, unused)
+    limited = builder.obtain(dataclasses.replace(first, max_frames=8), unused)
+    made = builder.obtain(second, unused, given(record("made")))
+    assert len({a.dir, b.dir, limited.dir, made.dir}) == 4 and not unused.exists()
+    assert opened[0].turns[0].parts[1].text == "a" and builder.open_records(b.dir)[0].turns[0].parts[1].text == "b"
+    assert builder.open_records(made.dir)[0].id == "made"
+    for config, prepared in ((first, a), (second, b)):
+        again = builder.obtain(config, unused)
+        assert again.reused and again.dir == prepared.dir
+
+
+def test_sets_of_an_older_schema(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", [rlaif_row(0)])
+    with monkeypatch.context() as old:
+        for module in (builder, records_on_disk):
+            old.setattr(module, "SCHEMA", 1)
+        builder.obtain(DataConfig(path=path), tmp_path / "set")
+    with pytest.raises(DataError, match="schema version 1, this release reads 2.*Import the data set again"):
+        builder.open_records(tmp_path / "set")[0]
+    done = builder.obtain(DataConfig(path=path), tmp_path / "set")
+    assert not done.reused and builder.open_records(done.dir)[0].id == "a.parquet:0"
 
 
 def test_a_changed_image_file_is_noticed(tmp_path):

@@ -16,6 +16,10 @@ from mmalign_jax.types import Media, Part, Preference, Response, Turn, record_ke
 PROCESSOR = LetterProcessor()
 
 
+def sized(prefix_slots, answer_slots, answers, images, **options):
+    return RowLayout(prefix_slots, answer_slots, answers, images, (4, 6), **options)
+
+
 def letters(text):
     return list(map(ord, text))
 
@@ -97,8 +101,8 @@ def test_a_border_token_that_answers_do_not_share_stays_with_them():
 
 def test_image_tokens_are_counted():
     class Lossy(LetterProcessor):
-        def prompt_ids(self, turns):
-            return super().prompt_ids(turns)[:3]
+        def prompt_ids(self, turns, expansions):
+            return super().prompt_ids(turns, expansions)[:3]
 
     row = record()
     with pytest.raises(BadRow, match="2 image tokens in the prompt for 1 images of 3") as caught:
@@ -113,7 +117,7 @@ def test_a_row_that_does_not_fit_is_an_error():
     for layout, problem in (
         (sized(5, 5, 2, 1), "prompt take 6 tokens, there are 5 slots"),
         (sized(8, 3, 2, 1), "an answer takes 4 tokens, there are 3 slots"),
-        (sized(8, 5, 2, 0), "has 1 images, there is room for 0"),
+        (sized(8, 5, 2, 0), "has 1 images or tiles, there is room for 0"),
     ):
         with pytest.raises(DataError, match=f"a.parquet, row 9: .*{problem}"):
             lay_out(row, row.prefs[0], PROCESSOR, layout)
@@ -129,13 +133,18 @@ def test_images_are_decoded_with_the_limits_again():
         lay_out(row, row.prefs[0], PROCESSOR, sized(8, 4, 2, 1, max_pixels=100))
 
 
-def test_measure_rounds_up():
+def test_a_layout_rounds_up():
     rows = [record("a"), record("b", prompt="x" * 20, chosen="y" * 9, images=2)]
-    layout = measure(rows, PROCESSOR, answers=2)
-    assert (layout.prefix_slots, layout.answer_slots, layout.images, layout.tokens) == (32, 16, 2, 64)
-    exact = measure(rows, PROCESSOR, answers=2, multiple=1)
+
+    def layout(rows, **options):
+        return plan_rows(rows, PROCESSOR, DataConfig(), answers=2, **options).layout
+
+    measured = layout(rows)
+    assert (measured.prefix_slots, measured.answer_slots, measured.images, measured.tokens) == (32, 16, 2, 64)
+    assert (measured.canvas, measured.patch_slots) == ((4, 6), 0)
+    exact = layout(rows, multiple=1)
     assert (exact.prefix_slots, exact.answer_slots) == (27, 10)
-    assert measure([record(images=0)], PROCESSOR, answers=2).images == 1
+    assert layout([record(images=0)]).images == 1
 
 
 LONG = [record("a"), record("b", chosen="y" * 30), record("c", prompt="x" * 30), record("d", prefs=(Preference(0, 1), Preference(1, 0)))]
@@ -176,10 +185,10 @@ def test_padding_is_known():
 
 def test_rows_without_a_pair_or_that_cannot_be_tokenised():
     class Strict(LetterProcessor):
-        def prompt_ids(self, turns):
+        def prompt_ids(self, turns, expansions):
             if any(part.text == "bad" for part in turns[0].parts):
                 raise UserError("the text holds </s>")
-            return super().prompt_ids(turns)
+            return super().prompt_ids(turns, expansions)
 
     rows = [record("a"), record("b", prefs=()), record("c", prompt="bad", meta={"file": "f", "row": "2"})]
     with pytest.raises(BadRow, match="row b: the row has no pair"):

@@ -39,7 +39,7 @@ def test_every_damage_is_an_error():
     plain = json.loads(to_example(FULL)["record"])
     cases = [
         ("schema", True), ("complete", 1),
-        ("schema", 2), ("id", 5), ("media", plain["media"][:1]), ("turns", [{"role": "user"}]), ("responses", [{"text": "a"}]),
+        ("schema", 1), ("schema", 3), ("id", 5), ("media", plain["media"][:1]), ("turns", [{"role": "user"}]), ("responses", [{"text": "a"}]),
         ("turns", [{"role": "user", "parts": [{"text": "a", "media": 0}]}]), ("turns", [{"role": "user", "parts": [{"media": True}]}]),
         ("prefs", [{"win": 0.0, "lose": 1, "weight": 1.0, "margin": 0.0}]), ("meta", []), ("extra", 1),
     ]  # fmt: skip
@@ -51,6 +51,59 @@ def test_every_damage_is_an_error():
             back({"record": text, "media": []})
     with pytest.raises(DataError):
         back({"media": []})
+
+
+VIDEO = dataclasses.replace(
+    FULL,
+    media=(
+        Media("image", b"a\0"),
+        Media("video", origin="f/0.png", frames=(b"b", b"\0", b"d"), times=(0.1, 0.30000000000000004, 7)),
+        Media("image", b"e"),
+    ),
+)
+
+
+def test_round_trip_of_a_video():
+    example = to_example(VIDEO)
+    assert example["media"] == [b"a\0", b"b", b"\0", b"d", b"e"]
+    found = back(example)
+    assert found == VIDEO and found.media[1].pictures == VIDEO.media[1].frames and found.media[0].pictures == (b"a\0",)
+
+
+def test_every_damage_of_a_video_is_an_error():
+    example = to_example(VIDEO)
+    plain = json.loads(example["record"])
+    changes = [
+        {"times": [0, 1]}, {"times": [0, 1, 2, 3]}, {"times": []}, {"times": [0, 1, 1]}, {"times": [0, 2, 1]}, {"times": [0, 1, "2"]},
+        {"times": [0, True, 2]}, {"times": [0, 1, float("inf")]}, {"times": [0, 1, 10**400]}, {"times": 3}, {"kind": "image"}, {"kind": "film"},
+    ]  # fmt: skip
+    for change in changes:
+        media = [plain["media"][0], plain["media"][1] | change, plain["media"][2]]
+        with pytest.raises(DataError, match="not a preference record"):
+            back(example | {"record": json.dumps(plain | {"media": media})})
+    for pictures in (example["media"][:-1], [*example["media"], b"f"]):
+        with pytest.raises(DataError, match="not a preference record"):
+            back(example | {"media": pictures})
+
+
+@pytest.mark.parametrize(
+    "fields,problem",
+    [
+        ({"kind": "audio", "data": b"a"}, "unknown kind of media 'audio'"),
+        ({"kind": "image", "data": b"a", "frames": (b"a",)}, "no frames and no times"),
+        ({"kind": "image", "data": b"a", "times": (0.0,)}, "no frames and no times"),
+        ({"kind": "video", "data": b"a", "frames": (b"a",), "times": (0.0,)}, "no data"),
+        ({"kind": "video"}, "at least one"),
+        ({"kind": "video", "frames": (b"a", b"b"), "times": (0.0,)}, "2 frames has 1 times"),
+        ({"kind": "video", "frames": (b"a", b"b"), "times": (0.0, float("nan"))}, "finite"),
+        ({"kind": "video", "frames": (b"a", b"b"), "times": (0.0, float("inf"))}, "finite"),
+        ({"kind": "video", "frames": (b"a", b"b"), "times": (1.0, 1.0)}, "increase strictly"),
+        ({"kind": "video", "frames": (b"a", b"b"), "times": (1.0, 0.5)}, "increase strictly"),
+    ],
+)
+def test_media_that_cannot_be(fields, problem):
+    with pytest.raises(ValueError, match=problem):
+        Media(**fields)
 
 
 def test_what_json_does_not_have_is_refused():

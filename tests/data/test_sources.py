@@ -102,6 +102,38 @@ def test_several_files_in_sorted_order(tmp_path):
     assert len(rows(tmp_path / "train-*.parquet", format="rlaif_v")) == 4
 
 
+def test_ids_tell_files_of_the_same_name_apart(tmp_path):
+    trl = {"prompt": [user("Q?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
+    tables = {"rlaif_v": rlaif_row(0), "rlhf_v": rlhf_row(0), "trl": trl}
+
+    def ids(root, name, pattern=""):
+        return [row.id for row in rows(root / name / pattern, format=name)]
+
+    for root in (tmp_path / "here", tmp_path / "there" / "deeper"):
+        for name, row in tables.items():
+            for folder in ("x", "y/z"):
+                (root / name / folder).mkdir(parents=True)
+                write_parquet(root / name / folder / "data.parquet", [row])
+        jsonl(root / "trl" / "x" / "data.jsonl", [trl])
+    for name in tables:
+        both = ["x/data.parquet:0", "y/z/data.parquet:0"]
+        expected = ["x/data.jsonl:0", *both] if name == "trl" else both
+        assert ids(tmp_path / "here", name) == expected
+        assert ids(tmp_path / "there" / "deeper", name) == expected
+        assert ids(tmp_path / "here", name, "**/*.parquet") == both
+        assert ids(tmp_path / "here", name, "*/data.parquet") == both[:1]
+        assert ids(tmp_path / "here", name, "y/z/data.parquet") == ["data.parquet:0"]
+
+
+def test_ids_of_a_relative_path(tmp_path, monkeypatch):
+    (tmp_path / "x").mkdir()
+    write_parquet(tmp_path / "x" / "data.parquet", [rlaif_row(0)])
+    monkeypatch.chdir(tmp_path)
+    assert [row.id for path in (".", "*/data.parquet", "./x/*.parquet", "x") for row in rows(path)] == [
+        "x/data.parquet:0", "x/data.parquet:0", "data.parquet:0", "data.parquet:0",
+    ]  # fmt: skip
+
+
 def text(value):
     return {"type": "text", "text": value}
 
@@ -141,14 +173,15 @@ def test_trl_jsonl(tmp_path):
         {"prompt": [user("Q?")], "chosen": yes, "rejected": None},
         {"prompt": [user("Q?")], "chosen": yes, "rejected": [assistant([{"type": "image"}])]},
         {"prompt": [user([{"type": "video"}])], "chosen": yes, "rejected": no},
+        {"prompt": [user([{"type": "audio"}])], "chosen": yes, "rejected": no},
         {"prompt": [{"role": "human", "content": "Q?"}], "chosen": yes, "rejected": no},
     ]
     path = jsonl(tmp_path / "a.jsonl", lines)
     path.write_text(path.read_text() + "{broken\n[1]\n")
     assert sources.detect(str(path)) == "trl"
     assert reasons(path) == ["good"] * 4 + [
-        "placeholder_mismatch", "malformed_row", "equal_answers", "no_answer", "placeholder_mismatch", "malformed_row", "malformed_row",
-        "malformed_row", "malformed_row",
+        "placeholder_mismatch", "malformed_row", "equal_answers", "no_answer", "placeholder_mismatch",
+        "placeholder_mismatch", "malformed_row", "malformed_row", "malformed_row", "malformed_row",
     ]  # fmt: skip
     first, second, third, fourth = rows(path)[:4]
     assert [turn.role for turn in first.turns] == ["system", "user"]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from helpers.checkpoints import quiet
+from helpers.tiny import prompt_ids
 from PIL import Image
 
 YES_NO = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}
@@ -28,13 +29,13 @@ class Paper:
     @torch.no_grad()
     def generate(self, record, visible, context, stops, most):
         """Greedy tokens behind prompt and context, hidden image tokens being no key of any query in any layer."""
-        prompt = self.processor.prompt_ids(record.turns)
+        prompt = prompt_ids(self.processor, record.turns)
         ids = [*prompt.tolist(), *(self.processor.answer(context).ids[:-1].tolist() if context else [])]
-        is_image = np.array(ids) == self.processor.image_token_id
+        is_image = np.isin(ids, self.processor.image_token_ids)
         media = [part.media for turn in record.turns for part in turn.parts if part.media is not None]
         embeds = self.torch.get_input_embeddings()(torch.tensor([ids])).clone()
         if media:
-            pixels = np.stack([self.processor.pixels(Image.open(io.BytesIO(record.media[index].data))) for index in media])
+            pixels = np.stack([self.processor.pictures.pixels([Image.open(io.BytesIO(record.media[index].data))])[0] for index in media])
             pixels = (pixels / 255 - np.array(self.processor.mean)) / np.array(self.processor.std)
             out = self.torch.get_image_features(pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2), dtype=torch.float32))
             features = torch.cat(list(out.pooler_output)).reshape(-1, embeds.shape[-1])

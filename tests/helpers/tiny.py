@@ -85,6 +85,12 @@ def batch_of(
     return jax.tree.map(jnp.asarray, stack_rows(rows, layout))
 
 
+def prompt_ids(processor, turns: Sequence[Turn]) -> np.ndarray:
+    """Ids of a prompt whose pictures all take the same."""
+    media = sum(part.media is not None for turn in turns for part in turn.parts)
+    return processor.prompt_ids(turns, [processor.pictures.blank] * media)
+
+
 def parts(batch: PairBatch, count: int = 1) -> PairBatch:
     """`[B, ...]` -> `[A, B / A, ...]`, what a training step takes."""
     return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), batch)

@@ -35,7 +35,7 @@ def test_transformers_loads_every_tensor(tmp_path, changes):
     assert model.generation_config.eos_token_id == 2
     config = read_config(directory)
     assert config.decoder.tied_head == changes.get("tie_word_embeddings", False)
-    assert load_processor(directory, config).image_tokens == 16 == model.config.image_seq_length
+    assert len(load_processor(directory, config).pictures.blank.features) == 16 == model.config.image_seq_length
     processor = transformers.AutoProcessor.from_pretrained(directory, backend="pil")
     assert processor.chat_template == CHAT_TEMPLATE and processor.image_processor.size["shortest_edge"] == 28
     out = export(load_params(directory, config), directory, tmp_path / "out")

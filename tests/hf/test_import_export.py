@@ -13,7 +13,7 @@ from helpers.checkpoints import LAYOUTS, quiet, tensors, tiny_llava
 from safetensors.torch import load_file, save_file
 
 from mmalign_jax.errors import DataError, UserError
-from mmalign_jax.hf import names
+from mmalign_jax.hf import families
 from mmalign_jax.hf.export import MARKER, export
 from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.mesh import make_mesh
@@ -73,11 +73,12 @@ def test_the_tree_is_the_models_and_every_tensor_is_used_once(tmp_path, sizes):
     config = read_config(base)
     params = load_params(base, config)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), abstract_params(config))
-    reduced = [name for entry in names.entries(config) for name in entry.names]
+    table = families.of(config).names(config)
+    reduced = [name for entry in table.entries for name in entry.names]
     assert len(set(reduced)) == len(reduced)
-    unused = {names.reduce_name(name) for name in tensors(base)} - set(reduced)
-    assert all(names.is_unused(name, config) for name in unused)
-    assert unused == {names.reduce_name(names.hub_name(n)) for e in names.all_entries(config) for n in e.names} - set(reduced)
+    unused = {table.reduce(name) for name in tensors(base)} - set(reduced)
+    assert all(table.unused(name) for name in unused)
+    assert unused == {table.reduce(table.hub_name(n)) for e in (*table.entries, *table.behind) for n in e.names} - set(reduced)
     same_bytes(tensors(base), tensors(export(params, base, tmp_path / "out")))
 
 
@@ -95,7 +96,7 @@ def test_values_and_transposes_are_those_of_torch(tmp_path):
     pixels = np.random.default_rng(2).normal(size=(28, 28, 3)).astype(np.float32)
     patches = pixels.reshape(4, 7, 4, 7, 3).transpose(0, 2, 1, 3, 4).reshape(16, -1)
     theirs = torch_model.vision_tower.embeddings.patch_embedding(torch.tensor(pixels).permute(2, 0, 1)[None]).detach()
-    np.testing.assert_allclose(patches @ params["vision_tower"]["patch_embedding"]["kernel"], theirs[0].flatten(1).T, atol=1e-5)
+    np.testing.assert_allclose(patches @ params["vision_tower"]["embedding"]["patch"]["kernel"], theirs[0].flatten(1).T, atol=1e-5)
 
 
 def test_leaves_are_born_in_their_shard_and_exported_from_it(tmp_path):
@@ -121,7 +122,7 @@ def test_trained_values_arrive_in_transformers_in_the_base_type_or_another(tmp_p
     wide = export(moved, base, tmp_path / "wide", dtype="float32")
     assert {t.dtype for t in tensors(wide).values()} == {torch.float32}
     assert reload(wide).dtype == torch.float32
-    with pytest.raises(UserError, match="class_embedding: values up to .* do not fit float16"):
+    with pytest.raises(UserError, match="weight: values up to .* do not fit float16"):
         export(jax.tree.map(lambda x: x * 1e6, params), base, tmp_path / "narrow", dtype="float16")
     assert not (tmp_path / "narrow").exists()
 

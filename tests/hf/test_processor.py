@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 import transformers
 from helpers.checkpoints import tiny_llava
+from helpers.tiny import prompt_ids
 from skimage import data
 from tokenizers import models, pre_tokenizers
 
@@ -68,7 +69,7 @@ def pictures():
 
 def test_pixels_are_the_processors(ours, theirs):
     for image in pictures():
-        pixels = ours.pixels(image)
+        pixels = ours.pictures.pixels([image])[0]
         assert pixels.dtype == np.uint8 and pixels.shape == (28, 28, 3)
         expected = theirs.image_processor(image, do_convert_rgb=True)["pixel_values"][0].transpose(1, 2, 0)
         normalised = (pixels.astype(np.float32) / 255 - np.float32(ours.mean)) / np.float32(ours.std)
@@ -85,7 +86,7 @@ def test_switched_off_normalisation_and_odd_rescaling_are_folded_in(base, tmp_pa
         ours = load_processor(tmp_path, read_config(base))
         image = next(pictures())
         expected = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")(image)["pixel_values"][0].transpose(1, 2, 0)
-        found = (ours.pixels(image).astype(np.float32) / 255 - np.float32(ours.mean)) / np.float32(ours.std)
+        found = (ours.pictures.pixels([image])[0].astype(np.float32) / 255 - np.float32(ours.mean)) / np.float32(ours.std)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -119,7 +120,7 @@ def test_prompt_ids_are_the_processors(base, tmp_path, ours, theirs, turns, temp
                 content.append({"type": "text", "text": part.text})
         messages.append({"role": turn.role, "content": content})
     expected = theirs.apply_chat_template(messages, chat_template=template, tokenize=True, return_dict=True, add_generation_prompt=True)
-    ids = ours.prompt_ids(turns)
+    ids = prompt_ids(ours, turns)
     np.testing.assert_array_equal(ids, expected["input_ids"][0])
     assert ids.dtype == np.int32 and (ids == 1).sum() == 1 and (ids == 3).sum() == 16 * len(images)
 
@@ -135,7 +136,7 @@ def test_an_answer_continues_the_prompt_and_ends_once(base, tmp_path, ours, temp
         whole = ours.render((*turns, Turn("assistant", (Part(text=text),))))
         whole = whole[: whole.index(text) + len(text)]
         expected = ours._tokenizer(whole, add_special_tokens=not template)["input_ids"]
-        assert [*ours.prompt_ids(turns), *ids[:-1]] == expected
+        assert [*prompt_ids(ours, turns), *ids[:-1]] == expected
         assert ours.decode(ids) == text
         assert whole.startswith(ours.render(turns))
 
@@ -143,7 +144,6 @@ def test_an_answer_continues_the_prompt_and_ends_once(base, tmp_path, ours, temp
 def test_spans_cover_the_text_and_words_are_found(ours):
     text = "There isn't a dog, no 2 birds."
     answer = ours.answer(text)
-    np.testing.assert_array_equal(answer.spans, ours.answer_offsets(text))
     assert answer.spans[0, 0] == 0 and answer.spans[-1].tolist() == [len(text)] * 2
     np.testing.assert_array_equal(answer.spans[1:, 0], answer.spans[:-1, 1])
     starts = [text[start:stop].strip() for (start, stop), word in zip(answer.spans, answer.word_start, strict=True) if word]
@@ -172,7 +172,7 @@ def test_spans_are_in_the_text_that_was_given_even_where_the_template_trims_it(b
 def test_special_tokens_and_empty_answers_are_refused(ours):
     for text in ("look <image>", "a </s> b", "<s>", "<pad>"):
         with pytest.raises(UserError, match="holds the special token <"):
-            ours.prompt_ids(ask(text))
+            prompt_ids(ours, ask(text))
         with pytest.raises(UserError, match="holds the special token <"):
             ours.answer(text)
     for text in ("", " \n"):
@@ -182,7 +182,7 @@ def test_special_tokens_and_empty_answers_are_refused(ours):
 
 def test_ids_that_end_or_are_banned(ours):
     assert ours.eos_ids == (2,)
-    assert ours.image_token_id == 3 and ours.pad_id == 4
+    assert ours.image_token_ids == (3,) and ours.pad_id == 4
     assert ours.banned_ids == (0, 1, 3, 4, *range(len(ours._tokenizer), 416))
     pieces = set(ours._tokenizer.convert_ids_to_tokens(list(ours.sentence_end_ids)))
     assert {".", "?", "!", "<0x2E>", "<0x21>", "<0x3F>"} <= pieces
@@ -210,7 +210,7 @@ TEMPLATES = {
 @pytest.mark.parametrize(("template", "message"), TEMPLATES.items(), ids=["image", "text", "raises"])
 def test_templates_that_lose_something_are_refused(base, tmp_path, template, message):
     with pytest.raises(UserError, match=message):
-        with_template(base, tmp_path, template).prompt_ids(ask(IMAGE, "What"))
+        prompt_ids(with_template(base, tmp_path, template), ask(IMAGE, "What"))
 
 
 def test_a_template_that_ends_answers_in_its_own_way_is_refused(base, tmp_path):
@@ -241,11 +241,11 @@ def test_words_without_a_token_are_named(base, tmp_path):
     ours = load_processor(tmp_path, read_config(base))
     ids, _ = ours.answer_ids("a dog.")
     assert ids.tolist() == [10, 11, 9, 2] and ours.answer("a dog.").word_start.tolist() == [True, True, False, False]
-    assert ours.prompt_ids(ask("a dog?")).tolist() == [5, 7, 10, 11, 8, 6, 7]
+    assert prompt_ids(ours, ask("a dog?")).tolist() == [5, 7, 10, 11, 8, 6, 7]
     with pytest.raises(UserError, match="no token for 'purple', 'cat.'"):
         ours.answer("a purple cat.")
     with pytest.raises(UserError, match="no token for 'Why'"):
-        ours.prompt_ids(ask("Why ?"))
+        prompt_ids(ours, ask("Why ?"))
 
 
 def test_processors_that_do_not_fit_the_model_are_refused_on_loading(base, tmp_path):
@@ -282,7 +282,7 @@ import PIL.Image
 from mmalign_jax.hf.import_ import read_config
 from mmalign_jax.hf.processor import load_processor
 p = load_processor({str(tmp_path)!r}, read_config({str(tmp_path)!r}))
-assert p.pixels(PIL.Image.new("RGB", (40, 30))).shape == (28, 28, 3) and "torch" not in sys.modules
+assert p.pictures.pixels([PIL.Image.new("RGB", (40, 30))]).shape == (1, 28, 28, 3) and "torch" not in sys.modules
 print(p.answer("A dog.").ids.tolist())
 """
     run = subprocess.run(

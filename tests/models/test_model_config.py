@@ -6,9 +6,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mmalign_jax.errors import UserError
-from mmalign_jax.mesh import make_mesh
 from mmalign_jax.hf.decoders import ACTIVATIONS
 from mmalign_jax.hf.families import read
+from mmalign_jax.mesh import make_mesh
 from mmalign_jax.models.config import RopeConfig
 from mmalign_jax.models.layers import activation
 from mmalign_jax.models.params import param_shardings

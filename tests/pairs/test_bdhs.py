@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import checkpoints
 from helpers.paper_bdhs import Paper
-from helpers.tiny import Tiny, noise_png, record
+from helpers.tiny import Tiny, noise_png, prompt_ids, record
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import DataConfig, PairsConfig
@@ -236,7 +236,7 @@ def test_pairs_per_sentence(tiny, outcomes):
         valid(pair, tiny)
         # the prefix is shared and not scored; nothing ends the turn behind a sentence in the middle
         row = tokenize(pair, pair.prefs[0], tiny.processor, 2)
-        prompt = tiny.processor.prompt_ids(pair.turns)
+        prompt = prompt_ids(tiny.processor, pair.turns)
         shared = tiny.processor.answer(before).ids[:-1] if before else []
         np.testing.assert_array_equal(row.prefix, [*prompt, *shared])
         for ids, scored in row.answers:

@@ -15,7 +15,7 @@ from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.hf.processor import load_processor
 from mmalign_jax.mesh import make_mesh
-from mmalign_jax.models.llava import Llava
+from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import param_shardings
 from mmalign_jax.scenes import splits
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
@@ -51,7 +51,7 @@ def metrics_on(mesh, batches):
     c, path = QUICKSTART, QUICKSTART.model.path
     sizes = read_config(path)
     processor = load_processor(path, sizes)
-    model = Llava(sizes, processor.mean, processor.std, "float32", remat=c.model.remat == "full")
+    model = Mllm(sizes, processor.mean, processor.std, "float32", remat=c.model.remat == "full")
     loss = LossFunction(model, losses.build(c.objective.name, **c.objective.hyperparameters))
     optimizer = make_optimizer(c.optimizer, c.train.steps)
     read = lambda: split_params(load_params(path, sizes, param_shardings(sizes, mesh)), c.model.freeze)  # noqa: E731

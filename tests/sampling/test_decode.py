@@ -88,7 +88,7 @@ def test_a_lane_behind_an_answers_token_equals_a_row_that_ends_there(request, na
         def run(batch, start):
             filled = prefill(tiny.model, tiny.params, batch)
             keys = lane_keys(jax.random.key(0), batch.record_key, jnp.zeros_like(batch.record_key, jnp.int32), start.slot.shape[1])
-            return decode_lanes(tiny.model, tiny.params, filled, batch.role, batch.positions, start, keys, options)
+            return decode_lanes(tiny.model, tiny.params, filled, batch, start, keys, options)
 
         return run(batch, LaneStart(jnp.asarray(slot), jnp.ones(slot.shape, bool))), run(cut, LaneStart.behind_prefix(cut.role))
 
@@ -130,12 +130,12 @@ def test_hidden_image_tokens_are_masked_in_every_layer(tiny):
 
     @quick_jit
     def run(batch, keep):
-        filled = prefill(tiny.model, tiny.params, batch, keep)
         visible = (batch.image_index < 0) | jnp.take_along_axis(keep, jnp.maximum(batch.image_index, 0), axis=1)
+        filled = prefill(tiny.model, tiny.params, batch, visible)
         # behind the second token of the first answer, where BDHS would start
         start = LaneStart(jnp.full((2, 1), batch.prefix_slots + 1), jnp.ones((2, 1), bool))
         keys = lane_keys(jax.random.key(0), batch.record_key, jnp.zeros(2, jnp.int32), 1)
-        samples = decode_lanes(tiny.model, tiny.params, filled, batch.role, batch.positions, start, keys, DecodeOptions(X), visible)
+        samples = decode_lanes(tiny.model, tiny.params, filled, batch, start, keys, DecodeOptions(X), visible)
         return tiny.model.logits(tiny.params, filled.hidden), samples
 
     logits, samples = run(batch, keep)
@@ -172,7 +172,7 @@ def test_draws_follow_the_tempered_and_cut_distribution(tiny, batch, temperature
         filled = prefill(tiny.model, tiny.params, batch)
         start = LaneStart.behind_prefix(batch.role, lanes)
         keys = lane_keys(jax.random.key(3), batch.record_key, jnp.zeros(1, jnp.int32), lanes)
-        samples = decode_lanes(tiny.model, tiny.params, filled, batch.role, batch.positions, start, keys, options)
+        samples = decode_lanes(tiny.model, tiny.params, filled, batch, start, keys, options)
         return samples.tokens, tiny.model.logits(tiny.params, filled.hidden[0, start.slot[0, 0]])
 
     tokens, logits = run(one)

@@ -12,7 +12,7 @@ from mmalign_jax.evaluation import world
 from mmalign_jax.evaluation.generate import Generator
 from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.hf.processor import load_processor
-from mmalign_jax.models.llava import Llava
+from mmalign_jax.models.mllm import Mllm
 
 MODEL = Path(str(resources.files("mmalign_jax") / "assets" / "scenes_sft"))
 
@@ -22,7 +22,7 @@ def scores() -> dict:
     sizes = read_config(MODEL)
     processor = load_processor(MODEL, sizes)
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
-    generate = Generator(Llava(sizes, processor.mean, processor.std), processor, mesh, batch_size=64, max_new_tokens=64)
+    generate = Generator(Mllm(sizes, processor.mean, processor.std), processor, mesh, batch_size=64, max_new_tokens=64)
     with jax.set_mesh(mesh):
         params = load_params(MODEL, sizes)
         return world.measure(world.make_tests(ScenesConfig(test=64), ("pope", "chair")), lambda records: generate(params, records))

@@ -12,12 +12,19 @@ from mmalign_jax.types import Preference, PreferenceRecord, Response
 META = ("idx", "ds_name", "origin_dataset", "origin_split", "image_path")
 
 
-def numbered_rows(files: list[Path], columns: tuple[str, ...], required: tuple[str, ...]) -> Iterator[tuple[Place, str, dict]]:
-    """Yields (place, record id, row) over all files."""
+def record_id(file: Path, root: Path, number: int) -> str:
+    """The id of row `number` of a file: its path under the set's root, so that it is unique in the set and the same on every machine."""
+    return f"{file.relative_to(root).as_posix()}:{number}"
+
+
+def numbered_rows(
+    files: list[Path], root: Path, columns: tuple[str, ...], required: tuple[str, ...]
+) -> Iterator[tuple[Place, str, dict]]:
+    """Yields (place, record id, row) over all files. `root`: see `source.root_of`."""
     for file in files:
         for number, row in rows_of_parquet(file, columns, required):
             label = f"{number} (idx {row['idx']})" if row.get("idx") is not None else str(number)
-            yield Place(str(file), label), f"{file.name}:{number}", row
+            yield Place(str(file), label), record_id(file, root, number), row
 
 
 def answer(value: object, name: str, place: Place) -> str:
@@ -31,8 +38,8 @@ def answer(value: object, name: str, place: Place) -> str:
     return value
 
 
-def pair(record_id: str, row: Mapping, texts: Mapping, media: MediaReader, place: Place) -> PreferenceRecord:
-    """The record of one row; `texts` holds question, chosen and rejected.
+def pair(name: str, row: Mapping, texts: Mapping, media: MediaReader, place: Place) -> PreferenceRecord:
+    """The record `name` of one row; `texts` holds question, chosen and rejected.
 
     Raises:
       BadRow: the image, the question or an answer is unusable, or placeholders and images differ.
@@ -45,9 +52,9 @@ def pair(record_id: str, row: Mapping, texts: Mapping, media: MediaReader, place
     empty = image is None or (isinstance(image, dict) and not image.get("bytes") and not image.get("path"))
     medium = media.read(row.get("image_path") if empty else image, place)
     return PreferenceRecord(
-        id=record_id,
+        id=name,
         media=(medium,),
-        turns=close([OpenTurn("user", split_tags(question))], 1, images_first=True, place=place),
+        turns=close([OpenTurn("user", split_tags(question))], {"image": 1}, media_first=True, place=place),
         responses=responses,
         prefs=(Preference(0, 1),),
         meta={"file": place.file, "row": place.row} | {key: str(row[key]) for key in META if row.get(key) is not None},
@@ -56,8 +63,8 @@ def pair(record_id: str, row: Mapping, texts: Mapping, media: MediaReader, place
 
 def each(rows: Iterator[tuple[Place, str, dict]], make) -> Iterator[PreferenceRecord | BadRow]:
     """Applies `make(place, id, row)`; a row that it refuses is yielded as the error, so that the caller can count it and go on."""
-    for place, record_id, row in rows:
+    for place, name, row in rows:
         try:
-            yield make(place, record_id, row)
+            yield make(place, name, row)
         except BadRow as error:
             yield error

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data.sources import _single
-from mmalign_jax.data.sources.source import MediaReader, Source, find_files, fingerprint
+from mmalign_jax.data.sources.source import MediaReader, Source, find_files, fingerprint, root_of
 
 REQUIRED = ("question", "chosen", "rejected", "image")
 
@@ -18,6 +18,6 @@ def read(path: str, config: DataConfig) -> Source:
         return _single.pair(record_id, row, row, MediaReader(Path(place.file).parent, config.max_image_bytes, side_files), place)
 
     def rows():
-        return _single.each(_single.numbered_rows(files, REQUIRED + _single.META, REQUIRED), make)
+        return _single.each(_single.numbered_rows(files, root_of(path), REQUIRED + _single.META, REQUIRED), make)
 
-    return Source(path, fingerprint("rlaif_v 1", files), rows, side_files)
+    return Source(path, fingerprint("rlaif_v 2", files), rows, side_files)

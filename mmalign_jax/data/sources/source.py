@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from pathlib import Path
@@ -68,6 +69,15 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> list[Path]:
     return files
 
 
+def root_of(path: str) -> Path:
+    """The directory that `path` means: itself, a file's, or the one in which a glob pattern starts. Record ids are relative to it."""
+    root = Path(path)
+    if root.is_dir():
+        return root
+    plain = itertools.takewhile(lambda part: not glob.has_magic(part), root.parent.parts)
+    return root.parent if root.is_file() else Path(*plain)
+
+
 def rows_of_parquet(file: Path, columns: Iterable[str], required: Iterable[str]) -> Iterator[tuple[int, dict]]:
     """Yields (row number, row) with the columns that exist, a small batch at a time.
 
@@ -113,46 +123,59 @@ def columns_of(file: Path) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class MediaReader:
-    """Image cells of a table -> Media. Paths are relative to `root` and stay under it, symbolic links included."""
+    """Image cells of a table -> bytes. Paths are relative to `root` and stay under it, symbolic links included."""
 
     root: Path
     max_bytes: int
     side_files: MutableMapping[str, tuple[int, int]]
 
     def read(self, cell: object, place: Place) -> Media:
+        """The image of one cell; see `picture`."""
+        data, origin = self.picture(cell, place)
+        return Media("image", data, origin)
+
+    def picture(self, cell: object, place: Place, name: str = "") -> tuple[bytes, str]:
         """Reads one cell: bytes, a path, or a struct of the two (bytes win).
+
+        Args:
+          name: of the picture in errors, where the row has several.
+
+        Returns:
+          The encoded bytes, not looked at, and the path ("" without one).
 
         Raises:
           BadRow: nothing there, no such file, outside the root, or too large.
         """
+        path = cell
         if isinstance(cell, dict):
             path = cell.get("path")
             cell = cell.get("bytes") or path
-            if isinstance(cell, bytes):
-                return Media("image", cell, origin=path if isinstance(path, str) else "")
+        path = path if isinstance(path, str) else ""
         if isinstance(cell, bytes) and cell:
-            return Media("image", cell)
+            self._check_size(len(cell), name or "the image", place)
+            return cell, path
         if isinstance(cell, str) and cell:
-            return Media("image", self._file(cell, place), origin=cell)
-        raise place.bad("missing_image", "the row has no image", "Give the row its image or remove the row.")
+            return self._file(cell, place, f"{name}: " if name else ""), cell
+        problem = f"there is no {name}" if name else "the row has no image"
+        raise place.bad("missing_image", problem, "Give the row its image or remove the row.")
 
-    def _file(self, path: str, place: Place) -> bytes:
+    def _check_size(self, size: int, name: str, place: Place) -> None:
+        if size > self.max_bytes:
+            mend = "Shrink the image or raise config.data.max_image_bytes."
+            raise place.bad("image_too_large", f"{name} has {size} bytes, over the limit of {self.max_bytes}", mend)
+
+    def _file(self, path: str, place: Place, lead: str) -> bytes:
         mend = f"Put the image under {self.root}, or remove the row."
         try:
             root = self.root.resolve()
             file = (root / path).resolve()
             if not file.is_relative_to(root):
-                raise place.bad("missing_image", f"the image path {path!r} leaves the directory of the data set", mend)
+                raise place.bad("missing_image", f"{lead}the image path {path!r} leaves the directory of the data set", mend)
             if not file.is_file():
-                raise place.bad("missing_image", f"there is no image file {path!r}", mend)
+                raise place.bad("missing_image", f"{lead}there is no image file {path!r}", mend)
             size, changed = stamp(file)
-            if size > self.max_bytes:
-                raise place.bad(
-                    "image_too_large",
-                    f"the image file {path!r} has {size} bytes, over the limit of {self.max_bytes}",
-                    "Shrink the image or raise config.data.max_image_bytes.",
-                )
+            self._check_size(size, f"{lead}the image file {path!r}", place)
             self.side_files[str(file)] = (size, changed)
             return file.read_bytes()
         except (OSError, ValueError) as error:  # a name that is too long, a zero byte, no permission
-            raise place.bad("missing_image", f"the image file {path!r} cannot be read ({error})", mend) from error
+            raise place.bad("missing_image", f"{lead}the image file {path!r} cannot be read ({error})", mend) from error

@@ -1,9 +1,9 @@
-"""TRL's conversational preference rows with images, as parquet or jsonl.
+"""TRL's conversational preference rows with images or videos, as parquet or jsonl.
 
 Rules (as in TRL, so that a set trains on the same prompts here and there):
-* a turn whose content is a plain string: when no turn names an image, all images go in front of the first user turn;
-* typed content: as many image parts as images;
-* `<image>` inside a text counts as an image part;
+* a turn whose content is a plain string: when no turn names an image or video, all go in front of the first user turn, images first;
+* typed content: as many image parts as images, as many video parts as videos;
+* `<image>` or `<video>` inside a text counts as such a part;
 * no column `prompt`: the prompt is the longest common start of chosen and rejected.
 """
 
@@ -16,35 +16,37 @@ from mmalign_jax.config import DataConfig
 from mmalign_jax.data.bad_rows import BadRow, Place
 from mmalign_jax.data.sources import _single
 from mmalign_jax.data.sources.prompt import OpenTurn, Slot, close, split_tags
-from mmalign_jax.data.sources.source import MediaReader, Source, find_files, fingerprint
-from mmalign_jax.data.validate import ROLES
+from mmalign_jax.data.sources.source import MediaReader, Source, find_files, fingerprint, root_of
+from mmalign_jax.data.sources.video import read_videos
+from mmalign_jax.data.validate import ROLES, TAGS
 from mmalign_jax.errors import DataError
 from mmalign_jax.types import Preference, PreferenceRecord, Response
 
-COLUMNS = ("prompt", "chosen", "rejected", "images", "image", "id", "idx")
+COLUMNS = ("prompt", "chosen", "rejected", "images", "image", "videos", "video", "fps", "id", "idx")
 REQUIRED = ("chosen", "rejected")
-_SHAPE = "Write messages as [{role, content}], content a string or a list of text and image parts."
+_SHAPE = "Write messages as [{role, content}], content a string or a list of text, image and video parts."
 
 
 def read(path: str, config: DataConfig) -> Source:
-    """The rows at `path` (a parquet or jsonl file, a pattern or a directory). Image paths are relative to each file's directory."""
-    files = find_files(path, (".parquet", ".jsonl"))
+    """The rows at `path` (a parquet or jsonl file, a pattern or a directory). Paths of pictures are relative to each file's directory."""
+    files, root = find_files(path, (".parquet", ".jsonl")), root_of(path)
     side_files: dict[str, tuple[int, int]] = {}
 
     def make(place, record_id, row):
-        return _record(record_id, row, MediaReader(Path(place.file).parent, config.max_image_bytes, side_files), place)
+        reader = MediaReader(Path(place.file).parent, config.max_image_bytes, side_files)
+        return _record(record_id, row, reader, config.max_frames, place)
 
     def rows():
         for file in files:
             if file.suffix == ".jsonl":
-                yield from _jsonl(file, make)
+                yield from _jsonl(file, root, make)
             else:
-                yield from _single.each(_single.numbered_rows([file], COLUMNS, REQUIRED), make)
+                yield from _single.each(_single.numbered_rows([file], root, COLUMNS, REQUIRED), make)
 
-    return Source(path, fingerprint("trl 1", files), rows, side_files)
+    return Source(path, fingerprint("trl 2", files), rows, side_files)
 
 
-def _jsonl(file: Path, make) -> Iterator[PreferenceRecord | BadRow]:
+def _jsonl(file: Path, root: Path, make) -> Iterator[PreferenceRecord | BadRow]:
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines):
@@ -58,12 +60,12 @@ def _jsonl(file: Path, make) -> Iterator[PreferenceRecord | BadRow]:
                 except ValueError as error:
                     yield place.bad("malformed_row", f"the line is not JSON ({error})", "Write one JSON object a line.")
                 else:
-                    yield from _single.each(iter([(place, f"{file.name}:{number}", row)]), make)
+                    yield from _single.each(iter([(place, _single.record_id(file, root, number), row)]), make)
     except OSError as error:
         raise DataError(f"the file cannot be read ({error})", file=str(file), mend="Check its permissions.") from error
 
 
-def _record(record_id: str, row: dict, media: MediaReader, place: Place) -> PreferenceRecord:
+def _record(record_id: str, row: dict, media: MediaReader, max_frames: int, place: Place) -> PreferenceRecord:
     chosen, rejected = (_messages(row.get(name), name, "assistant", place) for name in REQUIRED)
     if row.get("prompt") is not None:
         prompt = _messages(row["prompt"], "prompt", "user", place)
@@ -73,23 +75,26 @@ def _record(record_id: str, row: dict, media: MediaReader, place: Place) -> Pref
             raise place.bad("equal_answers", "chosen and rejected are the same conversation", "Remove the row.")
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     responses = tuple(Response(_answer(turns, name, place), source=name) for name, turns in zip(REQUIRED, (chosen, rejected), strict=True))
-    images = tuple(media.read(cell, place) for cell in _cells(row, place))
+    images = tuple(media.read(cell, place) for cell in _cells(row, "image", place))
+    videos = read_videos(_cells(row, "video", place), row.get("fps"), media, max_frames, place)
+    counts = {"image": len(images), "video": len(videos)}
     return PreferenceRecord(
         id=record_id,
-        media=images,
-        turns=close(prompt, len(images), images_first=not any(turn.typed for turn in prompt), place=place),
+        media=images + videos,
+        turns=close(prompt, counts, media_first=not any(turn.typed for turn in prompt), place=place),
         responses=responses,
         prefs=(Preference(0, 1),),
         meta={"file": place.file, "row": place.row} | {key: str(row[key]) for key in ("id", "idx") if row.get(key) is not None},
     )
 
 
-def _cells(row: dict, place: Place) -> list:
-    if row.get("images") is None:
-        return [] if row.get("image") is None else [row["image"]]
-    if not isinstance(row["images"], list):
-        raise place.bad("malformed_row", "images is not a list", "Give a list of images, or one image as image.")
-    return row["images"]
+def _cells(row: dict, kind: str, place: Place) -> list:
+    several = kind + "s"
+    if row.get(several) is None:
+        return [] if row.get(kind) is None else [row[kind]]
+    if not isinstance(row[several], list):
+        raise place.bad("malformed_row", f"{several} is not a list", f"Give a list of {several}, or one {kind} as {kind}.")
+    return row[several]
 
 
 def _messages(value: object, name: str, role: str, place: Place) -> list[OpenTurn]:
@@ -117,11 +122,11 @@ def _turn(message: object, name: str, place: Place) -> OpenTurn:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             parts.extend(split_tags(part["text"]))
-        elif kind == "image" and not any(value for key, value in part.items() if key not in ("type", "text")):
-            parts.append(Slot())
-        elif kind == "image":
-            mend = 'Move it to images and leave {"type": "image"}.'
-            raise place.bad("malformed_row", f"an image part of {name} holds the image itself", mend)
+        elif kind in TAGS and not any(value for key, value in part.items() if key not in ("type", "text")):
+            parts.append(Slot(kind))
+        elif kind in TAGS:
+            mend = f'Move it to {kind}s and leave {{"type": "{kind}"}}.'
+            raise place.bad("malformed_row", f"a part of type {kind} in {name} holds the {kind} itself", mend)
         else:
             raise place.bad("malformed_row", f"{name} holds a part of type {kind!r}", _SHAPE)
     return OpenTurn(role, tuple(parts), typed=True)
@@ -132,5 +137,5 @@ def _answer(turns: list[OpenTurn], name: str, place: Place) -> str:
         roles = ", ".join(turn.role for turn in turns) or "nothing"
         raise place.bad("malformed_row", f"behind the prompt, {name} holds {roles}", "It must hold one assistant message.")
     if any(isinstance(part, Slot) for part in turns[0].parts):
-        raise place.bad("placeholder_mismatch", f"the {name} answer holds an image", "Only prompts can show images; remove it.")
+        raise place.bad("placeholder_mismatch", f"the {name} answer holds an image or a video", "Only prompts can show them; remove it.")
     return _single.answer("".join(turns[0].parts), name, place)

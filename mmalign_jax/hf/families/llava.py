@@ -36,6 +36,7 @@ PREFIXES = {
 
 
 def read(config: Mapping[str, Any], where: str) -> MllmConfig:
+    """Sizes and switches of a LLaVA `config.json`; raises UserError that names the key of what is not supported."""
     decoders.expect(config.get("vision_feature_select_strategy", "default"), ("default", "full"), "vision_feature_select_strategy", where)
     decoders.expect(config.get("projector_hidden_act", "gelu"), decoders.ACTIVATIONS, "projector_hidden_act", where)
     layers = config.get("vision_feature_layer", -2)
