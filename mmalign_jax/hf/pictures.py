@@ -82,7 +82,7 @@ class RowTraits:
     def of(cls, config: MllmConfig) -> "RowTraits":
         v = config.vision
         return cls(
-            tile_features=config.image_tokens if v.image_size else 0,
+            tile_features=config.tile_features if v.image_size else 0,
             first_feature=int(config.connector.newline),
             merge=v.merge**2,
             patch_size=v.patch_size,

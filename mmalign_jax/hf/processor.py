@@ -118,7 +118,7 @@ class Processor:
         """
         text = self.render(turns, [number for number, medium in enumerate(expansions) if medium.video])
         left = iter(expansions)
-        ids = self._encode(self._placeholders.sub(lambda _: next(left).text, text))[0]
+        ids = self._encode_runs(self._placeholders.sub(lambda _: next(left).text, text))
         if self._writes_bos and not text.startswith(self._tokenizer.bos_token):
             ids = np.concatenate([[self._tokenizer.bos_token_id], ids])
         return ids.astype(np.int32)
@@ -188,6 +188,28 @@ class Processor:
             raise UserError(f"the tokenizer has no token for {', '.join(map(repr, list(words)[:8]))}")
         return ids, spans
 
+    def _encode_runs(self, text: str) -> np.ndarray:
+        """The ids of `_encode`, where thousands of image tokens stand side by side.
+
+        Tokenizers cut a text at its added tokens before they look at what is between. So one token for a run of the same gives the same
+        ids, repeated: 0.1 ms instead of 7 ms for 2,880 tokens.
+        """
+        runs: list[int] = []
+
+        def shorten(run: re.Match) -> str:
+            runs.append(len(run[0]) // len(run[1]))
+            return run[1]
+
+        short = self._image_runs.sub(shorten, text)
+        ids = self._encode(short)[0]
+        (at,) = np.nonzero(np.isin(ids, self.image_token_ids))
+        if len(at) != len(runs):
+            # another token took some of the characters: then a run of one is something else than a longer run
+            return self._encode(text)[0]
+        counts = np.ones(len(ids), np.int64)
+        counts[at] = runs
+        return np.repeat(ids, counts)
+
     def _frame(self, answer: str) -> tuple[str, str, bool]:
         """What the template writes before an answer: a prompt, and the space between it and the answer; and whether it trims the answer."""
         user = {"role": "user", "content": [{"type": "text", "text": "?"}]}
@@ -209,6 +231,11 @@ class Processor:
     def _placeholders(self) -> re.Pattern:
         known = filter(None, (self.pictures.placeholder, self.pictures.video_placeholder))
         return re.compile("|".join(map(re.escape, known)))
+
+    @functools.cached_property
+    def _image_runs(self) -> re.Pattern:
+        tokens = "|".join(map(re.escape, self._tokenizer.convert_ids_to_tokens(list(self.image_token_ids))))
+        return re.compile(rf"({tokens})\1*")
 
     @functools.cached_property
     def _specials(self) -> tuple[str, ...]:

@@ -143,6 +143,9 @@ class ConnectorConfig:
       norm: "layer" or "rms", where the kind has a norm.
       divide: image features are divided by this (PaliGemma: the square root of the decoder's width).
       newline: a learned feature stands before the others; it ends rows of image tokens (LLaVA-NeXT).
+      frame_pool: "average" or "max" of squares of a tile's tower features: what the tile gives as a frame of a video, behind what it
+        gives as a picture, and through the same linears (LLaVA-NeXT-Video). "" where there are no such features.
+      frame_scale: side of these squares.
     """
 
     kind: str = "mlp"
@@ -153,6 +156,8 @@ class ConnectorConfig:
     norm_eps: float = 1e-6
     divide: float = 1.0
     newline: bool = False
+    frame_pool: str = ""
+    frame_scale: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +183,16 @@ class MllmConfig:
     def image_tokens(self) -> int:
         """N, image tokens of one tile."""
         return self.vision.patches // self.connector.scale**2 + int(self.keep_class_token)
+
+    @property
+    def frame_tokens(self) -> int:
+        """Image tokens of one tile that is a frame of a video, where these are features of their own."""
+        return self.vision.patches // self.connector.frame_scale**2 if self.connector.frame_pool else 0
+
+    @property
+    def tile_features(self) -> int:
+        """Features of one tile: those of a picture, then those of a frame."""
+        return self.image_tokens + self.frame_tokens
 
     @property
     def used_vision_layers(self) -> int:

@@ -19,6 +19,8 @@ class Connector(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B G Z"]) -> Float[Array, "B F U"]:
         c, width = self.config.connector, self.config.decoder.width
+        if c.frame_pool:
+            x = _with_frames(self.config, x)
         match c.kind:
             case "mlp":
                 x = _mlp(c, width, width, x)
@@ -76,9 +78,9 @@ def _mlp(c: ConnectorConfig, inner: int, width: int, x: Float[Array, "B F Z"], p
     return Linear("bfd,de->bfe", (inner, width), ("mlp", "embed"), (*_ROWS, None), outer_bias, (None,), name=f"{prefix}fc2")(x)
 
 
-def _grid(config: MllmConfig, x: Float[Array, "B F Z"]) -> Float[Array, "B M i s j s Z"]:
+def _grid(config: MllmConfig, x: Float[Array, "B F Z"], scale: int) -> Float[Array, "B M i s j s Z"]:
     """The patches of square tiles, in squares of `scale` x `scale`."""
-    side, scale = config.vision.image_size // config.vision.patch_size, config.connector.scale
+    side = config.vision.image_size // config.vision.patch_size
     rows, _, width = x.shape
     shape = (rows, -1, side // scale, scale, side // scale, scale, width)
     shape = (rows, x.shape[1] // side**2, *shape[2:])
@@ -87,13 +89,28 @@ def _grid(config: MllmConfig, x: Float[Array, "B F Z"]) -> Float[Array, "B M i s
 
 def _squares(config: MllmConfig, x: Float[Array, "B F Z"]) -> Float[Array, "B F Z"]:
     """Pixel shuffle: each square of patches becomes one feature, its patches side by side, row by row."""
-    grid = _grid(config, x).transpose(0, 1, 2, 4, 3, 5, 6)
+    grid = _grid(config, x, config.connector.scale).transpose(0, 1, 2, 4, 3, 5, 6)
     rows, tiles, down, across, scale, _, width = grid.shape
     return mesh.reshape(grid, (rows, tiles * down * across, scale * scale * width), *_ROWS, None)
 
 
 def _pooled(config: MllmConfig, x: Float[Array, "B F Z"]) -> Float[Array, "B F Z"]:
     """The average of each square of patches."""
-    pooled = jnp.mean(_grid(config, x).astype(jnp.float32), axis=(3, 5)).astype(x.dtype)
+    pooled = jnp.mean(_grid(config, x, config.connector.scale).astype(jnp.float32), axis=(3, 5)).astype(x.dtype)
     rows, tiles, down, across, width = pooled.shape
     return mesh.reshape(pooled, (rows, tiles * down * across, width), *_ROWS, None)
+
+
+def _with_frames(config: MllmConfig, x: Float[Array, "B G Z"]) -> Float[Array, "B F Z"]:
+    """Every tile's features, and behind them the same pooled by squares, as a frame of a video takes them."""
+    grid = _grid(config, x, config.connector.frame_scale)
+    match config.connector.frame_pool:
+        case "average":
+            pooled = jnp.mean(grid.astype(jnp.float32), axis=(3, 5)).astype(x.dtype)
+        case "max":
+            pooled = jnp.max(grid, axis=(3, 5))
+        case other:
+            raise ValueError(f"unknown pooling of frames {other!r}")
+    rows, tiles, *_, width = grid.shape
+    both = [mesh.reshape(part, (rows, tiles, -1, width), *_ROWS, None) for part in (x, pooled)]
+    return mesh.reshape(jnp.concatenate(both, axis=2), (rows, tiles * config.tile_features, width), *_ROWS, None)

@@ -1,1 +1,18 @@
 """Tiny random checkpoints of every family, and transformers' own view of them, for the tests that run on all families."""
+
+import importlib
+import pathlib
+import pkgutil
+
+from helpers.families.case import FamilyCase
+
+
+def all_cases() -> dict[str, FamilyCase]:
+    """Every case of the modules of this folder, by name."""
+    found: dict[str, FamilyCase] = {}
+    for module in pkgutil.iter_modules([str(pathlib.Path(__file__).parent)]):
+        if module.name != "case":
+            for case in importlib.import_module(f"helpers.families.{module.name}").cases():
+                assert case.name not in found, case.name
+                found[case.name] = case
+    return found
