@@ -141,6 +141,7 @@ class Patches:
     place: Int[Array, "*A B Q 2"]  # row and column in the picture
     grid: Int[Array, "*A B Q 2"]  # rows and columns of the picture
     segment: Int[Array, "*A B Q"]  # the picture, or pair of frames, within which attention stays; -1 for no patch
+    extent: Int[Array, "*A B M 2"]  # height and width of the picture on each canvas, in pixels; 0 for none
 
 
 @jax.tree_util.register_dataclass

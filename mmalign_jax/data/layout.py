@@ -182,7 +182,7 @@ def lay_out(
     image_index[:n][is_image] = features
     extra: dict[str, Any] = {}
     if layout.patch_slots:
-        extra["patches"] = media_lib.patches(row.expansions, traits, slots=layout.patch_slots, canvas=layout.canvas)
+        extra["patches"] = media_lib.patches(row.expansions, traits, slots=layout.patch_slots, tiles=layout.images, canvas=layout.canvas)
     if traits.mrope:
         extra["mrope"] = _mrope(is_image, row.expansions, positions, layout.prefix_slots)
     limits = {"max_pixels": layout.max_pixels, "max_bytes": layout.max_bytes}

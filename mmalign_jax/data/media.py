@@ -18,7 +18,7 @@ def expand(medium: Media, pictures: Pictures, place: Place, *, max_pixels: int, 
       BadRow (a DataError): a header that is damaged or a picture that is too large, where sizes matter; a medium that the model does
         not take.
     """
-    frames = _frames(medium)
+    frames = medium.pictures
     limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "file": place.file, "row": place.row}
     sizes = [image_size(data, **limits) for data in frames] if pictures.needs_size else [(0, 0)] * len(frames)
     try:
@@ -37,7 +37,7 @@ def pixels(
     out, slot = np.zeros((tiles, *canvas, 3), np.uint8), 0
     for medium in media:
         limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "file": place.file, "row": place.row}
-        frames = [decode_image(data, **limits) for data in _frames(medium)]
+        frames = [decode_image(data, **limits) for data in medium.pictures]
         made = pictures.pixels(frames, medium.times if medium.kind == "video" else None)
         out[slot : slot + len(made), : made.shape[1], : made.shape[2]] = made
         slot += len(made)
@@ -53,12 +53,13 @@ def feature_indices(expansions: Sequence[Expansion], traits: RowTraits) -> np.nd
     return np.concatenate(out)
 
 
-def patches(expansions: Sequence[Expansion], traits: RowTraits, *, slots: int, canvas: tuple[int, int]) -> Patches:
+def patches(expansions: Sequence[Expansion], traits: RowTraits, *, slots: int, tiles: int, canvas: tuple[int, int]) -> Patches:
     """The patches of all media in order; slots behind them hold no patch."""
     orders = [medium.order for medium in expansions]
     frames = orders[0].cell.shape[1] if orders else 1
     index, place = np.full((slots, frames), -1, np.int32), np.zeros((slots, 2), np.int32)
     grid, segment = np.ones((slots, 2), np.int32), np.full(slots, -1, np.int32)
+    extent = np.zeros((tiles, 2), np.int32)
     at = tile = pictures = 0
     rows, columns = (side // traits.patch_size for side in canvas)
     for medium, order in zip(expansions, orders, strict=True):
@@ -66,9 +67,10 @@ def patches(expansions: Sequence[Expansion], traits: RowTraits, *, slots: int, c
         cell = order.cell + [tile, 0, 0]
         index[here] = np.where(held[:, None], (cell[..., 0] * rows + cell[..., 1]) * columns + cell[..., 2], -1)
         place[here], grid[here] = np.maximum(order.place, 0), np.maximum(order.grid, 1)
+        extent[tile : tile + medium.tiles] = medium.canvas
         segment[here] = np.where(held, order.segment + pictures, -1)
         at, tile, pictures = here.stop, tile + medium.tiles, pictures + int(order.segment.max(initial=-1)) + 1
-    return Patches(index, place, grid, segment)
+    return Patches(index, place, grid, segment, extent)
 
 
 def rotary_positions(is_image: np.ndarray, expansions: Sequence[Expansion]) -> np.ndarray:
@@ -90,7 +92,3 @@ def rotary_positions(is_image: np.ndarray, expansions: Sequence[Expansion]) -> n
             out[:, run] = position + np.arange(len(run))
         position = int(out[:, run].max()) + 1
     return out
-
-
-def _frames(medium: Media) -> tuple[bytes, ...]:
-    return medium.frames if medium.kind == "video" else (medium.data,)

@@ -64,7 +64,7 @@ def abstract_params(config: MllmConfig, dtype: str = "float32") -> dict:
 def _one_window(vision: VisionConfig) -> Patches:
     slots = vision.window_slots if vision.window else vision.merge**2
     pair = jnp.zeros((1, slots, 2), jnp.int32)
-    return Patches(jnp.zeros((1, slots, vision.frames_per_patch), jnp.int32), pair, pair, pair[..., 0])
+    return Patches(jnp.zeros((1, slots, vision.frames_per_patch), jnp.int32), pair, pair, pair[..., 0], pair[:, :1])
 
 
 def param_shardings(config: MllmConfig, mesh: Mesh) -> dict:

@@ -19,24 +19,36 @@ def random_resized_crop(
     keys: Key[Array, " B"],
     scale: tuple[float, float] = (0.01, 0.20),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    extent: Int[Array, "B M 2"] | None = None,
 ) -> UInt8[Array, "B M Y W 3"] | Float32[Array, "B M Y W 3"]:
     """A random small crop of every image, enlarged to the image's size (mDPO, arXiv 2406.11839: 1 to 20 % of the area).
 
-    The number of image tokens stays the same. Each image of a row has its own box.
+    The number of image tokens stays the same. Each image of a row has its own box, and so has each tile of a picture that is cut into
+    tiles and each frame of a video: each then shows a small part of what it showed.
 
     Args:
       images: pixels; uint8 gives uint8, any float type gives float32.
       keys: one a row, see `row_keys`.
       scale: range of the crop's area, as a share of the image's.
       ratio: range of the crop's width / height.
+      extent: height and width of the picture in the upper left corner of each canvas, in pixels; None: it fills the canvas.
     """
-    _, count, height, width, _ = images.shape
+    rows, count, height, width, _ = images.shape
+    if extent is None:
+        extent = jnp.broadcast_to(jnp.array([height, width]), (rows, count, 2))
     image_keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count)))(keys)
-    boxes = jax.vmap(jax.vmap(lambda key: crop_box(key, height, width, scale, ratio)))(image_keys)
-    return resized_crop(images, boxes)
+    extent = mesh.constrain(jnp.maximum(extent, 1), "batch", None, None)
+    boxes = jax.vmap(jax.vmap(lambda key, size: crop_box(key, size[0], size[1], scale, ratio)))(image_keys, extent)
+    return resized_crop(images, boxes, extent)
 
 
-def crop_box(key: Key[Array, ""], height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]) -> Int[Array, "4"]:
+def crop_box(
+    key: Key[Array, ""],
+    height: int | Int[Array, ""],
+    width: int | Int[Array, ""],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> Int[Array, "4"]:
     """Draws top, left, height and width of a crop, in pixels, as torchvision's RandomResizedCrop does.
 
     The area is uniform and the aspect ratio log-uniform; the first of ten draws that fits into the image counts, and when none does it
@@ -54,21 +66,21 @@ def crop_box(key: Key[Array, ""], height: int, width: int, scale: tuple[float, f
     places = jnp.stack([height - h, width - w]) + 1
     # the product may round up to the number of places
     top, left = jnp.minimum((uniform[-2:] * places).astype(jnp.int32), places - 1)
-    return jnp.where(fits.any(), jnp.stack([top, left, h, w]), jnp.array(_central_box(height, width, ratio), jnp.int32))
+    return jnp.where(fits.any(), jnp.stack([top, left, h, w]), _central_box(height, width, ratio))
 
 
 def resized_crop(
-    images: UInt8[Array, "B M Y W 3"] | Float[Array, "B M Y W 3"], boxes: Int[Array, "B M 4"]
+    images: UInt8[Array, "B M Y W 3"] | Float[Array, "B M Y W 3"], boxes: Int[Array, "B M 4"], extent: Int[Array, "B M 2"] | None = None
 ) -> UInt8[Array, "B M Y W 3"] | Float32[Array, "B M Y W 3"]:
     """Crops each image to its box (top, left, height, width, in pixels) and resizes the crop to the image's size, bilinearly.
 
     The result is that of cropping first: no pixel outside of the box is read. (`jax.image.scale_and_translate` on the whole image would
-    blend the box's neighbours into the border.)
+    blend the box's neighbours into the border.) With `extent` it is enlarged to that size, in the upper left corner.
     """
     _, _, height, width, _ = images.shape
     boxes = mesh.constrain(boxes, "batch", None, None)
-    rows = _interpolation(boxes[..., 0], boxes[..., 2], height)
-    columns = _interpolation(boxes[..., 1], boxes[..., 3], width)
+    rows = _interpolation(boxes[..., 0], boxes[..., 2], height, None if extent is None else extent[..., 0])
+    columns = _interpolation(boxes[..., 1], boxes[..., 3], width, None if extent is None else extent[..., 1])
     # pixels in 0..255 need more than bfloat16's eight bits
     precision = jax.lax.Precision.HIGHEST
     out = jnp.einsum("bmyi,bmijc->bmyjc", rows, images.astype(jnp.float32), precision=precision)
@@ -78,15 +90,18 @@ def resized_crop(
     return out
 
 
-def _interpolation(start: Int[Array, "B M"], length: Int[Array, "B M"], size: int) -> Float32[Array, "B M {size} {size}"]:
-    """Weights [output, input] that enlarge pixels start .. start + length - 1 of an axis to the whole axis; pixel centres are at 0.5."""
+def _interpolation(
+    start: Int[Array, "B M"], length: Int[Array, "B M"], size: int, extent: Int[Array, "B M"] | None
+) -> Float32[Array, "B M {size} {size}"]:
+    """Weights [output, input] that enlarge pixels start .. start + length - 1 of an axis to its first `extent` pixels; centres are at 0.5."""
     length = length[..., None].astype(jnp.float32)
-    centre = (jnp.arange(size) + 0.5) * length / size - 0.5
+    wanted = size if extent is None else extent[..., None]
+    centre = (jnp.arange(size) + 0.5) * length / wanted - 0.5
     source = start[..., None] + jnp.clip(centre, 0, length - 1)
     return jnp.maximum(0.0, 1.0 - jnp.abs(source[..., None] - jnp.arange(size)))
 
 
-def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    h = min(height, max(1, round(width / ratio[0])))
-    w = min(width, max(1, round(height * ratio[1])))
-    return (height - h) // 2, (width - w) // 2, h, w
+def _central_box(height: int | Int[Array, ""], width: int | Int[Array, ""], ratio: tuple[float, float]) -> Int[Array, "4"]:
+    h = jnp.minimum(height, jnp.maximum(1, jnp.round(width / ratio[0]).astype(jnp.int32)))
+    w = jnp.minimum(width, jnp.maximum(1, jnp.round(height * ratio[1]).astype(jnp.int32)))
+    return jnp.stack([(height - h) // 2, (width - w) // 2, h, w]).astype(jnp.int32)

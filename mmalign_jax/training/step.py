@@ -92,7 +92,8 @@ class LossFunction:
     def _other_image(self, batch: PairBatch, key: Array) -> PairBatch:
         """The chosen answer under a small random crop of its image (mDPO's conditional term)."""
         keys = views.row_keys(key, batch.record_key, 0)
-        return batch.first_answers(1).with_images(views.random_resized_crop(batch.images, keys))
+        extent = None if batch.patches is None else batch.patches.extent
+        return batch.first_answers(1).with_images(views.random_resized_crop(batch.images, keys, extent=extent))
 
 
 def make_train_step(

@@ -122,3 +122,15 @@ def test_same_views_on_one_and_on_eight_devices():
             out = jax.jit(lambda x, r: views.random_resized_crop(x, views.row_keys(SEED, r, 0)))(sharded, records)
             assert jax.typeof(out).sharding.spec == mesh.spec("batch", *[None] * 4)
         np.testing.assert_array_equal(out, expected)
+
+
+def test_a_picture_in_the_corner_of_its_canvas_is_cropped_as_it_is_alone():
+    picture = pictures(1)
+    canvas = jnp.zeros((1, M, Y + 13, W + 7, 3), jnp.uint8).at[:, :, :Y, :W].set(picture)
+    extent = jnp.broadcast_to(jnp.array([Y, W]), (1, M, 2))
+    keys = views.row_keys(SEED, RECORDS[:1], 0)
+    alone, within = views.random_resized_crop(picture, keys), views.random_resized_crop(canvas, keys, extent=extent)
+    np.testing.assert_array_equal(within[:, :, :Y, :W], alone)
+    # a canvas without a picture has none afterwards
+    empty = views.random_resized_crop(jnp.zeros_like(canvas), keys, extent=jnp.zeros_like(extent))
+    assert not empty.any()
