@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from mmalign_jax import cli, run_files
+from mmalign_jax import cli
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import ScenesConfig
 from mmalign_jax.errors import UserError
@@ -23,10 +23,9 @@ from mmalign_jax.evaluation import world
 from mmalign_jax.evaluation.benchmark import Benchmark, measure, rows
 from mmalign_jax.evaluation.files import chair_benchmark, pope_benchmark
 from mmalign_jax.evaluation.generate import Generator
-from mmalign_jax.hf.import_ import load_params, read_config
-from mmalign_jax.hf.processor import load_processor
-from mmalign_jax.models.mllm import Mllm
-from mmalign_jax.models.params import param_shardings
+from mmalign_jax.files import write_json
+from mmalign_jax.hf.import_ import read_config
+from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.report.console import Console
 from mmalign_jax.report.environment import environment
 from mmalign_jax.report.records import score_cells
@@ -52,7 +51,7 @@ def main() -> int:
         "method": "greedy",
         "max_new_tokens": options.max_new_tokens or (_SCENES_TOKENS if options.data == SCENES else _FILES_TOKENS),
         "batch_size": options.batch_size,
-        "compute_dtype": options.compute_dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        "compute_dtype": mesh_lib.compute_dtype(options.compute_dtype, jax.default_backend()),
     }
     results = [_measure(model, tests, decoding, console) for model in models]
     written: dict[str, Any] = {
@@ -66,7 +65,7 @@ def main() -> int:
     }
     if options.compare:
         written |= {"compare": {"model": options.compare, "results": results[1]}}
-    run_files.write_json(out, written)
+    write_json(out, written)
 
     lines = rows(results[1] if options.compare else None, results[0])
     for group in dict.fromkeys(row.group for row in lines):
@@ -97,13 +96,11 @@ def _tests(options) -> Sequence[Benchmark]:
 
 def _measure(path: Path, tests: Sequence[Benchmark], decoding: Mapping[str, Any], console: Console) -> dict[str, Any]:
     """Loads a model, spread over all devices, and measures it."""
-    mesh = mesh_lib.make_mesh()
-    sizes = read_config(path)
-    processor = load_processor(path, sizes)
-    model = Mllm(sizes, processor.mean, processor.std, decoding["compute_dtype"])
-    generator = Generator(model, processor, mesh, batch_size=decoding["batch_size"], max_new_tokens=decoding["max_new_tokens"])
-    with console.phase(f"Measuring {path}") as progress, jax.set_mesh(mesh):
-        params = load_params(path, sizes, param_shardings(sizes, mesh), model.dtype)
+    policy = Pretrained.read(path, mesh_lib.make_mesh(), decoding["compute_dtype"])
+    limits = {name: decoding[name] for name in ("batch_size", "max_new_tokens")}
+    generator = Generator(policy.model, policy.processor, policy.mesh, **limits)
+    with console.phase(f"Measuring {path}") as progress, jax.set_mesh(policy.mesh):
+        params = policy.params(policy.model.dtype)
         return measure(tests, lambda records: generator(params, records, lambda done: progress(done, len(records))))
 
 
@@ -122,5 +119,5 @@ if __name__ == "__main__":
     flags.DEFINE_integer("batch_size", 64, "answers made at a time", lower_bound=1)
     tokens = f"longest answer; longer ones are cut and counted; {_SCENES_TOKENS} for {SCENES} and {_FILES_TOKENS} for files when not given"
     flags.DEFINE_integer("max_new_tokens", None, tokens, lower_bound=1)
-    flags.DEFINE_enum("compute_dtype", None, ["float32", "bfloat16"], "float32 on CPU and bfloat16 on accelerators when not given")
+    flags.DEFINE_enum("compute_dtype", "auto", ["auto", "float32", "bfloat16"], "auto: float32 on CPU and bfloat16 on accelerators")
     cli.run_plain(main)

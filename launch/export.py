@@ -7,15 +7,16 @@ from pathlib import Path
 
 from absl import flags
 
-from mmalign_jax import cli, pipeline
+from mmalign_jax import cli
 from mmalign_jax.errors import UserError
+from mmalign_jax.run_export import export_step
 
 
 def main() -> int:
     options = flags.FLAGS
     if not options.workdir or not options.out:
         raise UserError("--workdir and --out: give the run's directory and the directory to write")
-    print(pipeline.export_step(Path(options.workdir), options.step, Path(options.out)))
+    print(export_step(Path(options.workdir), options.step, Path(options.out)))
     return 0
 
 

@@ -23,6 +23,8 @@ def setting(default: Any, *, min: float | None = None, max: float | None = None,
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
+    """The model that is trained: where it comes from, in which types it is computed and kept, and which parts of it move."""
+
     path: str = setting("", help="Hugging Face directory of the SFT model: policy at step 0, and reference")
     init: str = setting("", choices=("", "scenes"), help="scenes: start from a new model of the built-in world, with random weights")
     preset: str = setting("", help="sizes of a known model, for launch/aot_check.py, which needs no weights; see models/presets.py")
@@ -34,6 +36,8 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
+    """The data set, and what becomes of rows that are bad (see `data.bad_rows`) or too long. Image tokens are never cut."""
+
     path: str = setting("", help="the data set: a parquet file or directory, a jsonl file, or prepared records")
     format: str = setting("auto", choices=("auto", "records", "rlhf_v", "rlaif_v", "trl", "scenes"))
     split: str = setting("align", choices=("sft", "align"), help="split of the built-in world, with format scenes")
@@ -50,6 +54,8 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ScenesConfig:
+    """The built-in world: its seed, and how many pictures a split has. Picture i of a split is the same whatever the numbers."""
+
     seed: int = setting(0, min=0)
     sft: int = setting(5000, min=1, help="pictures of the SFT split")
     align: int = setting(800, min=1, help="pictures of the alignment split")
@@ -85,6 +91,8 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
+    """AdamW and its learning rate over the steps; see `training.optimizer`."""
+
     learning_rate: float = setting(1e-6, min=0.0)
     schedule: str = setting("cosine", choices=("cosine", "linear", "constant"))
     warmup_fraction: float = setting(0.0, min=0.0, max=0.9, help="share of the steps in which the learning rate rises linearly")
@@ -98,6 +106,8 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
+    """How long is trained, on how many rows at a time. `seed` decides the order of the rows and the views that objectives draw."""
+
     steps: int = setting(1000, min=1)
     batch_size: int = setting(8, min=1, help="rows of one optimizer step, over all devices")
     accumulate: int = setting(1, min=1, help="the step's rows are computed in this many parts")
@@ -107,12 +117,16 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
+    """How often the state is saved, in steps, and how many of the newest checkpoints stay. The last step is always saved."""
+
     every: int = setting(100, min=1)
     keep: int = setting(2, min=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
+    """Devices along each axis of the mesh, see `mesh`; one size may be -1 and takes what the others leave."""
+
     data: int = setting(1, min=-1)
     fsdp: int = setting(-1, min=-1)
     tensor: int = setting(1, min=-1)
@@ -121,6 +135,8 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
+    """What a run measures before and after training, on the built-in world. Other benchmarks: launch/evaluate.py."""
+
     benchmarks: tuple[str, ...] = setting((), choices=("pope", "chair"))
     batch_size: int = setting(64, min=1)
     max_new_tokens: int = setting(64, min=1)
@@ -129,6 +145,8 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
+    """What a run leaves beside its numbers for people to look at."""
+
     gallery: int = setting(12, min=0, help="pictures in the report's gallery")
     tensorboard: bool = setting(True)
     wandb: str = setting("", help="W&B project; empty: off")
@@ -136,12 +154,16 @@ class ReportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
+    """The Hugging Face directory that a run ends with."""
+
     enabled: bool = setting(True)
     dtype: str = setting("base", choices=("base", "float32", "bfloat16"), help="base: each tensor in the type of the base checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    """All settings of a command, checked: what `from_mapping` returns and `config.json` holds."""
+
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     scenes: ScenesConfig = ScenesConfig()
@@ -183,6 +205,10 @@ def _check_across(config: Config) -> None:
         raise UserError("config.model.freeze: all parts are frozen, nothing would train")
     if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.name == "sft":
         raise UserError("config.pairs.when: sft reads no rejected answers, so online pairs have no use; set config.pairs.maker to none")
+    if config.pairs.maker == "bdhs" and config.data.on_long_row == "shorten_answer":
+        raise UserError("config.data.on_long_row: pairs (config.pairs.maker) are made from whole references; use error or drop")
+    if config.data.format == "scenes" and config.data.path:
+        raise UserError(f"config.data.path: {config.data.path} would not be read, because config.data.format is scenes; leave one of the two out")
     if config.model.init and config.model.path:
         raise UserError("config.model.path: a run that starts from config.model.init reads no model; leave one of the two empty")
 

@@ -109,6 +109,13 @@ def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Arra
     return jax.numpy.reshape(x, shape, out_sharding=out_sharding(*axes))
 
 
+def compute_dtype(setting: str, platform: str) -> str:
+    """The type that a setting asks for on a platform ("cpu", "gpu", "tpu"): "auto" is float32 on CPU and bfloat16 on accelerators."""
+    if setting != "auto":
+        return setting
+    return "float32" if platform == "cpu" else "bfloat16"
+
+
 def check_batch(mesh: Mesh, rows: int) -> None:
     """Raises UserError when `rows` rows cannot be split over the mesh."""
     if rows % batch_divisor(mesh):

@@ -7,11 +7,15 @@ from typing import Any
 
 from mmalign_jax.config import Config, to_mapping
 from mmalign_jax.errors import UserError
+from mmalign_jax.files import read_json, write_json
+
+PAIRS = "pairs"  # prepared pairs of a run that makes its own
+DATA = "data.json"  # counts of the records that it reads, wherever they are kept
 
 # Settings that may change between a run and its continuation: they do not change what is computed
 _MAY_CHANGE = ("mesh", "report", "checkpoint", "export", "data.workers", "data.cache", "train.log_every", "eval.batch_size", "pairs.batch_size")
 # What a run computes. Prepared data is not among it: it knows by itself what it was made from
-_COMPUTED = ("initial_model", "pairs", "eval", "metrics.jsonl", "checkpoints", "export")
+_COMPUTED = ("initial_model", PAIRS, "eval", "metrics.jsonl", "checkpoints", "export")
 
 
 def claim(config: Config, workdir: Path) -> bool:
@@ -40,26 +44,17 @@ def claim(config: Config, workdir: Path) -> bool:
     return found
 
 
+def base_model(config: Config, workdir: Path) -> Path:
+    """The model that the run starts from: the one that the config names, or the one that the run itself made."""
+    return workdir / "initial_model" if config.model.init else Path(config.model.path)
+
+
 def once(file: Path, make: Callable[[], Any]) -> Any:
     """The JSON value in `file`; made and written first when there is none. A part of a run that is done is not done again."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, make())
     return read_json(file)
-
-
-def read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not readable as JSON ({error}); remove it") from error
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Atomic: the file is the old or the new one, never a part."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    part.replace(file)
 
 
 def _keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:

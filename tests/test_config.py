@@ -38,6 +38,11 @@ def test_round_trip():
         ({"pairs": {"eps": 0}}, "config.pairs.eps: 0.0 is out of range, must be above 0.0"),
         ({"optimizer": {"learning_rate": float("nan")}}, "config.optimizer.learning_rate: nan is out of range"),
         ({"train": {"batch_size": 6, "accumulate": 4}}, "config.train.accumulate: 4 does not divide config.train.batch_size = 6"),
+        (
+            {"pairs": {"maker": "bdhs"}, "data": {"on_long_row": "shorten_answer"}},
+            "config.data.on_long_row: pairs (config.pairs.maker) are made from whole references; use error or drop",
+        ),
+        ({"data": {"format": "scenes", "path": "pairs"}}, "config.data.path: pairs would not be read, because config.data.format is scenes"),
         ({"objective": {"name": "dpo", "bta": 1.0}}, "config.objective.bta: dpo has no such setting. Did you mean beta?"),
         ({"objective": {"name": "dpo", "beta": "x"}}, "config.objective.beta: expected float, got 'x'"),
         ({"objective": {"name": "nodpo"}}, "nodpo"),

@@ -11,7 +11,7 @@ SOURCES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for pa
 COMMANDS = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted((ROOT / "launch").glob("*.py"))}
 
 FORBIDDEN = {"torch", "tensorflow", "trl", "peft", "pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-FLOOR = {"types", "mesh", "errors"}
+FLOOR = {"types", "mesh", "errors", "files"}
 SETTINGS = {"config", "config_files"}
 SIDE = {"data", "hf", "scenes", "report"}
 
@@ -19,6 +19,7 @@ SIDE = {"data", "hf", "scenes", "report"}
 MAY_IMPORT = {
     "types": set(),
     "errors": set(),
+    "files": set(),
     "mesh": set(),
     "config": {"losses"},
     "config_files": set(),
@@ -34,7 +35,8 @@ MAY_IMPORT = {
     "pairs": {"config", "models", "sampling"} | SIDE,
     "evaluation": {"config", "models", "sampling", "pairs"} | SIDE,
     "run_files": {"config"},
-    "pipeline": {"config", "models", "sampling", "pairs", "losses", "evaluation", "training", "run_files"} | SIDE,
+    "run_export": {"config", "models", "pairs", "losses", "evaluation", "training", "run_files"} | SIDE,
+    "pipeline": {"config", "models", "pairs", "losses", "evaluation", "training", "run_files", "run_export"} | SIDE,
     "training": {"config", "models", "sampling", "pairs", "losses", "evaluation"} | SIDE,
 }
 

@@ -3,6 +3,7 @@
 A prepared set is a directory with
   preference_records/1.0.0/   ArrayRecord shards and TFDS metadata (tfds.builder_from_directory reads it)
   skipped.jsonl               the bad rows, one JSON object a line, when they were skipped
+  statistics.json             what the maker of the rows has to say of them, when it has
   import.json                 fingerprint, counts, shard sizes; written last, so a directory without it is no prepared set
 """
 
@@ -12,7 +13,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,8 +30,10 @@ from mmalign_jax.data.records import SCHEMA, from_example, to_example
 from mmalign_jax.data.sources.source import MARKER, Source, stamp
 from mmalign_jax.data.validate import check_record
 from mmalign_jax.errors import DataError, UserError
+from mmalign_jax.files import read_json, write_json
 from mmalign_jax.types import PreferenceRecord
 
+STATISTICS = "statistics.json"
 _SPLIT = "train"
 _SHARD_RECORDS = 2048
 _CHUNK_RECORDS, _CHUNK_BYTES = 64, 64 << 20  # held in memory at a time; TFDS rewrites its metadata after each chunk
@@ -89,7 +91,10 @@ class PreferenceRecords(tfds.core.GeneratorBasedBuilder):
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSet:
-    """A finished import. `read == count + sum(skipped.values())`; `skipped` counts rows by reason (`bad_rows.REASONS`)."""
+    """A finished import. `read == count + sum(skipped.values())`; `skipped` counts rows by reason (`bad_rows.REASONS`).
+
+    `fingerprint` changes when the records would: with source, settings, and the image files that the rows referred to.
+    """
 
     dir: Path
     count: int
@@ -113,11 +118,10 @@ def prepare(config: DataConfig, source: Source, out_dir: str | Path, *, progress
       DataError: no row is usable, or a source file is damaged.
       UserError: `out_dir` holds something that is not a prepared set.
     """
+    if found := find(config, source, out_dir):
+        return found
     out = Path(out_dir)
-    fingerprint = _fingerprint(config, source)
-    if (done := _finished(out)) and done["fingerprint"] == fingerprint and _unchanged(done["side_files"]):
-        return _prepared(out, done, reused=True)
-    if done is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if _finished(out) is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds other files; name a new or empty directory for the prepared records")
 
     work, old = (out.with_name(f".{out.name}.{state}") for state in ("importing", "replaced"))
@@ -126,7 +130,9 @@ def prepare(config: DataConfig, source: Source, out_dir: str | Path, *, progress
     work.mkdir(parents=True)
     try:
         summary = _import(config, source, work, progress)
-        _write_json(work / MARKER, {"fingerprint": fingerprint, **summary, "side_files": dict(source.side_files)})
+        if source.statistics:
+            write_json(work / STATISTICS, dict(source.statistics))
+        write_json(work / MARKER, {"fingerprint": _fingerprint(config, source), **summary, "side_files": dict(source.side_files)})
         if out.exists():
             out.rename(old)
         work.rename(out)
@@ -134,6 +140,18 @@ def prepare(config: DataConfig, source: Source, out_dir: str | Path, *, progress
         shutil.rmtree(work, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     return _prepared(out, _finished(out))
+
+
+def find(config: DataConfig, source: Source, out_dir: str | Path) -> PreparedSet | None:
+    """What `prepare` made of this source before, None when it would have to be made.
+
+    Raises:
+      DataError: the set is damaged.
+    """
+    done = _finished(Path(out_dir))
+    if done is None or done["fingerprint"] != _fingerprint(config, source) or not _unchanged(done["side_files"]):
+        return None
+    return _prepared(Path(out_dir), done, reused=True)
 
 
 def obtain(
@@ -161,7 +179,11 @@ def obtain(
 def _fingerprint(config: DataConfig, source: Source) -> str:
     """Of the records that an import of `source` writes, side files apart."""
     limits = [config.max_image_pixels, config.max_image_bytes, config.max_frames]
-    return hashlib.sha256(json.dumps([SCHEMA, source.fingerprint, config.on_bad_row, *limits]).encode()).hexdigest()
+    return _hash([SCHEMA, source.fingerprint, config.on_bad_row, *limits])
+
+
+def _hash(values: list) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 def describe(directory: str | Path) -> PreparedSet:
@@ -302,7 +324,8 @@ def _again(directory: Path) -> str:
 
 
 def _prepared(out: Path, done: Mapping[str, Any], reused: bool = False) -> PreparedSet:
-    return PreparedSet(out, done["count"], done["read"], done["skipped"], done["fingerprint"], reused)
+    fingerprint = _hash([done["fingerprint"], done["side_files"]])
+    return PreparedSet(out, done["count"], done["read"], done["skipped"], fingerprint, reused)
 
 
 def _finished(out: Path) -> dict[str, Any] | None:
@@ -310,13 +333,10 @@ def _finished(out: Path) -> dict[str, Any] | None:
     file = out / MARKER
     if not file.is_file():
         return None
-    try:
-        done = json.loads(file.read_text(encoding="utf-8"))
-        if set(done) != {"fingerprint", "read", "count", "skipped", "shards", "side_files"}:
-            raise ValueError("unknown keys")
-        return done
-    except (ValueError, TypeError) as error:
-        raise DataError(f"damaged ({error})", file=str(file), mend=_again(out)) from error
+    done = read_json(file, mend=_again(out))
+    if not isinstance(done, dict) or set(done) != {"fingerprint", "read", "count", "skipped", "shards", "side_files"}:
+        raise DataError("damaged (not its keys)", file=str(file), mend=_again(out))
+    return done
 
 
 def _unchanged(side_files: Mapping[str, list[int]]) -> bool:
@@ -326,10 +346,3 @@ def _unchanged(side_files: Mapping[str, list[int]]) -> bool:
         if not file.is_file() or list(stamp(file)) != old:
             return False
     return True
-
-
-def _write_json(file: Path, value: Any) -> None:
-    with file.open("w", encoding="utf-8") as out:
-        json.dump(value, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())

@@ -116,7 +116,8 @@ def tokenize(
     """Tokens of one row.
 
     The record's own prefix, text with which every answer starts, ends up in the prefix region, so that it is computed once. A token
-    on the border that the answers do not share stays in the answers, unscored where the processor says so.
+    on the border that the answers do not share stays in the answers, unscored where the processor says so; so does all of it where the
+    region's tokens see what follows them (prefix-LM), which no part of an answer may.
 
     Args:
       pref: which responses are the chosen and the rejected one; None for the reference answer, response 0.
@@ -144,7 +145,7 @@ def tokenize(
     if not record.complete:
         parts = [(ids[:-1], scored[:-1]) for ids, scored in parts]  # the end token
     _check_placeholders(prompt, parts, expansions, processor, place)
-    shared = _shared(parts) if parts else 0
+    shared = _shared(parts) if parts and not processor.traits.prefix_attends else 0
     prefix = np.concatenate([prompt, parts[0][0][:shared]]).astype(np.int32) if parts else prompt
     return RowTokens(prefix, tuple((ids[shared:], scored[shared:]) for ids, scored in parts), media, expansions)
 

@@ -47,6 +47,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 _QUERY_BIAS = ("qwen2", "qwen2_5_vl_text")
+_SANDWICH = ("gemma2", "gemma3_text")
 _QK_NORM = ("qwen3", "qwen3_vl_text", "gemma3_text")
 
 
@@ -73,15 +74,17 @@ def read_decoder(
     expect(kind, kinds, "text_config.model_type", where)
     gemma = kind.startswith("gemma")
     t = DEFAULTS[kind] | dict(values)
-    act = t["hidden_activation"] or t["hidden_act"] if gemma and kind != "gemma" else t["hidden_act"]
+    act = t["hidden_activation" if kind in _SANDWICH else "hidden_act"]
     # Gemma's first checkpoints say "gelu" and mean the approximation
-    act = "gelu_pytorch_tanh" if kind == "gemma" else act
+    act = "gelu_pytorch_tanh" if kind == "gemma" and act == "gelu" else act
     expect(act, ACTIVATIONS, "text_config.hidden_act", where)
+    if kind == "gemma3_text":
+        # transformers' model has these keys in its config and does not look at them
+        expect(t["attn_logit_softcapping"], (None,), "text_config.attn_logit_softcapping", where)
+        expect(t["final_logit_softcapping"], (None,), "text_config.final_logit_softcapping", where)
+        expect(bool(t.get("use_bidirectional_attention")), (False,), "text_config.use_bidirectional_attention", where)
     heads = t["num_attention_heads"]
     window, local = _windows(kind, t, where)
-    scale = None
-    if kind in ("gemma2", "gemma3_text"):
-        scale = t["query_pre_attn_scalar"] ** -0.5
     return DecoderConfig(
         vocab_size=t["vocab_size"],
         width=t["hidden_size"],
@@ -100,11 +103,11 @@ def read_decoder(
         mlp_bias=bool(t["mlp_bias"]),
         qk_norm=kind in _QK_NORM,
         norm_offset=gemma,
-        sandwich=kind in ("gemma2", "gemma3_text"),
+        sandwich=kind in _SANDWICH,
         embedding_scale=t["hidden_size"] ** 0.5 if gemma else 1.0,
-        query_scale=scale,
-        attention_softcap=t.get("attn_logit_softcapping"),
-        final_softcap=t.get("final_logit_softcapping"),
+        query_scale=t["query_pre_attn_scalar"] ** -0.5 if kind in _SANDWICH else None,
+        attention_softcap=t["attn_logit_softcapping"] if kind == "gemma2" else None,
+        final_softcap=t["final_logit_softcapping"] if gemma else None,
         sliding_window=window,
         local_layers=local,
         local_rope=_rope(_local_parameters(t), t, where) if kind == "gemma3_text" else None,
@@ -139,9 +142,8 @@ def _parameters(t: Mapping[str, Any], layer_type: str) -> dict[str, Any]:
 
 
 def _local_parameters(t: Mapping[str, Any]) -> dict[str, Any]:
-    values = _parameters(t, "sliding_attention")
-    new = isinstance((t.get("rope_parameters") or {}).get("sliding_attention"), Mapping)
-    return values if new else {"rope_type": "default", "rope_theta": t.get("rope_local_base_freq", 10_000.0)}
+    values = (t.get("rope_parameters") or {}).get("sliding_attention") or {}
+    return {"rope_theta": t.get("rope_local_base_freq", 10_000.0), **values}
 
 
 def _rope(scaling: Mapping[str, Any], t: Mapping[str, Any], where: str) -> RopeConfig:

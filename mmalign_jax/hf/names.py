@@ -17,6 +17,21 @@ Path = tuple[str, ...]
 
 EMBEDDING, HEAD = "decoder.embed_tokens.weight", "head.weight"
 
+# The layouts of families that transformers built like LLaVA: files on the hub; what transformers 5 saves of a model that it built (no
+# level `vision_model`); transformers' module names.
+LLAVA_PREFIXES = {
+    "language_model.model.": "decoder.",
+    "model.language_model.": "decoder.",
+    "language_model.lm_head.": "head.",
+    "lm_head.": "head.",
+    "vision_tower.vision_model.": "vision.",
+    "vision_tower.": "vision.",
+    "model.vision_tower.vision_model.": "vision.",
+    "model.vision_tower.": "vision.",
+    "multi_modal_projector.": "projector.",
+    "model.multi_modal_projector.": "projector.",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:

@@ -69,6 +69,7 @@ class RowTraits:
       merge: patches that make one feature, where pictures have any size.
       patch_size, window_slots: of the tower, where pictures have any size.
       mrope: tokens turn by time, row and column.
+      prefix_attends: the row's prefix sees itself in both directions, so no part of an answer may stand in it.
     """
 
     tile_features: int
@@ -77,6 +78,7 @@ class RowTraits:
     patch_size: int = 1
     window_slots: int = 1
     mrope: bool = False
+    prefix_attends: bool = False
 
     @classmethod
     def of(cls, config: MllmConfig) -> "RowTraits":
@@ -88,6 +90,7 @@ class RowTraits:
             patch_size=v.patch_size,
             window_slots=v.window_slots,
             mrope=bool(config.decoder.rope.sections),
+            prefix_attends=config.decoder.bidirectional == "prefix",
         )
 
 

@@ -50,7 +50,7 @@ class Processor:
       pictures: the family's pictures: pixels, and what stands in the prompt for each.
       image_token_ids: tokens on which image features land.
       mean, std: float32 triples; the tower sees `(pixels / 255 - mean) / std`.
-      eos_ids: tokens that end an answer; the first one is written after answers.
+      eos_ids: tokens that end an answer. The one that the chat template writes, or else the first, is written after answers.
       banned_ids: tokens that must never be generated: special tokens but those of `eos_ids`, and ids without a token.
       sentence_end_ids: tokens whose text ends with a full stop, an exclamation or a question mark, closing quotes aside.
       pad_id: fills slots that are masked; the tokenizer's padding token, or else the first of `eos_ids`.
@@ -119,7 +119,7 @@ class Processor:
         text = self.render(turns, [number for number, medium in enumerate(expansions) if medium.video])
         left = iter(expansions)
         ids = self._encode_runs(self._placeholders.sub(lambda _: next(left).text, text))
-        if self._writes_bos and not text.startswith(self._tokenizer.bos_token):
+        if self._writes_bos and self._tokenizer.bos_token not in text:
             ids = np.concatenate([[self._tokenizer.bos_token_id], ids])
         return ids.astype(np.int32)
 
@@ -138,7 +138,7 @@ class Processor:
             raise UserError("an answer is empty")
         if not text.startswith(prefix):
             raise UserError(f"the answer {_short(text)} does not begin with its prefix {_short(prefix)}")
-        context, lead, trimmed = self._frame(self._plain(text))
+        context, lead, trimmed, end = self._frame(self._plain(text))
         shift = len(text) - len(text.lstrip()) if trimmed else 0
         body = text.strip() if trimmed else text
         before = self._encode(context)[0]
@@ -148,7 +148,7 @@ class Processor:
         ids, spans = ids[len(before) :], np.maximum(spans[len(before) :] - len(context + lead), 0) + shift
         word_start = np.array([_starts_word(text, *span) for span in spans.tolist()], bool)
         return Answer(
-            ids=np.append(ids, self.eos_ids[0]).astype(np.int32),
+            ids=np.append(ids, end).astype(np.int32),
             # without a prefix everything is scored, a token that is only the template's space too
             scored=np.append(spans[:, 1] > len(prefix) if prefix else np.ones(len(ids), bool), True),
             spans=np.append(spans, [[len(text)] * 2], axis=0).astype(np.int32),
@@ -210,8 +210,8 @@ class Processor:
         counts[at] = runs
         return np.repeat(ids, counts)
 
-    def _frame(self, answer: str) -> tuple[str, str, bool]:
-        """What the template writes before an answer: a prompt, and the space between it and the answer; and whether it trims the answer."""
+    def _frame(self, answer: str) -> tuple[str, str, bool, int]:
+        """What the template writes around an answer: a prompt, and the space between the two; whether it trims the answer; the end token."""
         user = {"role": "user", "content": [{"type": "text", "text": "?"}]}
         prompt = self._template([user], True)
         whole = self._template([user, {"role": "assistant", "content": [{"type": "text", "text": answer}]}], False)
@@ -222,10 +222,10 @@ class Processor:
         if len(after) == len(whole) or at < 0 or after[:at].strip():
             raise UserError("the chat template writes an answer differently after its own generation prompt; answers cannot be placed")
         rest = after[at + len(answer.strip() if trimmed else answer) :].strip()
-        ends = [self._tokenizer.convert_ids_to_tokens(end) for end in self.eos_ids]
+        ends = {self._tokenizer.convert_ids_to_tokens(end): end for end in self.eos_ids}
         if rest and rest not in ends:
-            raise UserError(f"the chat template ends an answer with {rest!r}, which is none of the end tokens {ends}")
-        return prompt, after[:at], trimmed
+            raise UserError(f"the chat template ends an answer with {rest!r}, which is none of the end tokens {list(ends)}")
+        return prompt, after[:at], trimmed, ends.get(rest, self.eos_ids[0])
 
     @functools.cached_property
     def _placeholders(self) -> re.Pattern:
@@ -261,7 +261,8 @@ def load_processor(directory: str | pathlib.Path, config: MllmConfig) -> Process
     for token in image_ids:
         if token >= len(tokenizer) or token not in tokenizer.added_tokens_decoder:
             raise UserError(f"{directory}: config.json's image token {token} is not an added token of the tokenizer")
-    if len(tokenizer) > config.decoder.vocab_size:
+    # an image token is replaced by a feature, so it alone may lie behind the embedding's rows
+    if len(set(range(config.decoder.vocab_size, len(tokenizer))) - set(image_ids)):
         raise UserError(f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {config.decoder.vocab_size}")
     eos = _eos_ids(directory, tokenizer)
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special} | set(tokenizer.all_special_ids)

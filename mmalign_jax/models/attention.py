@@ -26,8 +26,8 @@ def packed_mask(
     Args:
       image: number of the image that a token is part of, -1 for text.
       window: counts positions back, not slots, so that every answer sees as far back as it would alone.
-      bidirectional: `DecoderConfig.bidirectional`. The window bounds what an image sees of itself (Gemma 3), not what is seen of the
-        prefix (PaliGemma 2), as in transformers.
+      bidirectional: `DecoderConfig.bidirectional`. The window bounds what an image sees of itself (Gemma 3), not what the prefix sees
+        of itself (PaliGemma 2), as in transformers.
       visible: hides keys from every query (BDHS: image tokens that the policy may not use).
     """
     query, key = role[:, :, None], role[:, None, :]
@@ -38,7 +38,7 @@ def packed_mask(
     if window is not None:
         allowed &= positions[:, :, None] - positions[:, None, :] < window
     if bidirectional == "prefix":
-        allowed |= key == PREFIX
+        allowed |= (query == PREFIX) & (key == PREFIX)
     allowed &= branch
     if visible is not None:
         allowed &= visible[:, None, :]

@@ -36,7 +36,7 @@ class DecoderConfig:
       sliding_window: counts positions, None is full attention.
       local_layers: which layers the window is for; () is all of them.
       local_rope: rotary positions of these layers, where they differ.
-      bidirectional: what is not causal: "none", "image" (tokens of one image see each other) or "prefix" (all of the prefix does).
+      bidirectional: what is not causal: "none", "image" (tokens of one image see each other) or "prefix" (images and prompt do).
     """
 
     vocab_size: int
@@ -83,7 +83,7 @@ class VisionConfig:
       rotary: rotary positions by row and column.
       attention_bias, mlp_bias: every linear's bias; the attention's output always has one.
       fused_qkv: query, key and value are one tensor in checkpoints and here.
-      qk_norm: RMS norms of queries and keys over all heads.
+      qk_norm: RMS norms of queries and keys over all heads, with `qk_norm_eps`.
       layer_scale: a learned factor on what attention and MLP add.
       gated: the MLP has a gate.
       window: merged cells along the side of an attention window, 0: no windows.
@@ -113,6 +113,7 @@ class VisionConfig:
     mlp_bias: bool = True
     fused_qkv: bool = False
     qk_norm: bool = False
+    qk_norm_eps: float = 1e-6
     layer_scale: bool = False
     gated: bool = False
     window: int = 0
@@ -141,7 +142,6 @@ class ConnectorConfig:
         linears: Qwen).
       scale: side of the square of patches that becomes one image token.
       norm: "layer" or "rms", where the kind has a norm.
-      divide: image features are divided by this (PaliGemma: the square root of the decoder's width).
       newline: a learned feature stands before the others; it ends rows of image tokens (LLaVA-NeXT).
       frame_pool: "average" or "max" of squares of a tile's tower features: what the tile gives as a frame of a video, behind what it
         gives as a picture, and through the same linears (LLaVA-NeXT-Video). "" where there are no such features.
@@ -154,7 +154,6 @@ class ConnectorConfig:
     scale: int = 1
     norm: str = "layer"
     norm_eps: float = 1e-6
-    divide: float = 1.0
     newline: bool = False
     frame_pool: str = ""
     frame_scale: int = 2

@@ -36,8 +36,6 @@ class Connector(nn.Module):
                 x = self._merge(x)
             case _:
                 raise ValueError(f"unknown connector {c.kind!r}")
-        if c.divide != 1.0:
-            x = x / jnp.asarray(c.divide, x.dtype)
         if c.newline:
             newline = self.param("newline", nn.initializers.normal(0.02), (width,)).astype(x.dtype)
             newline = mesh.constrain(jnp.broadcast_to(newline, (x.shape[0], 1, width)), *_ROWS, None)
@@ -87,14 +85,14 @@ def _grid(config: MllmConfig, x: Float[Array, "B F Z"], scale: int) -> Float[Arr
     return mesh.reshape(x, shape, "batch", *(None,) * 6)
 
 
-def _squares(config: MllmConfig, x: Float[Array, "B F Z"]) -> Float[Array, "B F Z"]:
+def _squares(config: MllmConfig, x: Float[Array, "B G Z"]) -> Float[Array, "B F Y"]:
     """Pixel shuffle: each square of patches becomes one feature, its patches side by side, row by row."""
     grid = _grid(config, x, config.connector.scale).transpose(0, 1, 2, 4, 3, 5, 6)
     rows, tiles, down, across, scale, _, width = grid.shape
     return mesh.reshape(grid, (rows, tiles * down * across, scale * scale * width), *_ROWS, None)
 
 
-def _pooled(config: MllmConfig, x: Float[Array, "B F Z"]) -> Float[Array, "B F Z"]:
+def _pooled(config: MllmConfig, x: Float[Array, "B G Z"]) -> Float[Array, "B F Z"]:
     """The average of each square of patches."""
     pooled = jnp.mean(_grid(config, x, config.connector.scale).astype(jnp.float32), axis=(3, 5)).astype(x.dtype)
     rows, tiles, down, across, width = pooled.shape

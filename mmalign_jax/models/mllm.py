@@ -36,7 +36,6 @@ class LaneView:
 
     allowed: Bool[Array, "B S T"]
     positions: Int[Array, "B T"]
-    is_prefix: Bool[Array, "B T"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ class Mllm:
         allowed &= batch.positions[:, None] < first[..., None]
         if visible is not None:
             allowed &= visible[:, None]
-        return LaneView(allowed, batch.positions, batch.role == PREFIX), first, turning
+        return LaneView(allowed, batch.positions), first, turning
 
     def decode_step(
         self,
@@ -126,10 +125,7 @@ class Mllm:
         local = local_layers(self.config.decoder)
         near = None
         if local.any():
-            near = position[..., None] - view.positions[:, None] < self.config.decoder.sliding_window
-            if self.config.decoder.bidirectional == "prefix":
-                near |= view.is_prefix[:, None]
-            near &= view.allowed
+            near = view.allowed & (position[..., None] - view.positions[:, None] < self.config.decoder.sliding_window)
         inputs = self._embed(params, tokens)
         with jax.named_scope("decode_step"):
             decoder = Decoder(self.config.decoder, keep_cache=True)

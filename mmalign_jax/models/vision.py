@@ -48,7 +48,7 @@ class _Attention(nn.Module):
         else:
             query, key, value = project("query"), project("key"), project("value")
         if c.qk_norm:
-            query, key = RMSNorm(c.norm_eps, axes=2, name="query_norm")(query), RMSNorm(c.norm_eps, axes=2, name="key_norm")(key)
+            query, key = RMSNorm(c.qk_norm_eps, axes=2, name="query_norm")(query), RMSNorm(c.qk_norm_eps, axes=2, name="key_norm")(key)
         if patches is None:
             mixed = _attend(query, key, value, None)
         else:
@@ -165,6 +165,7 @@ class _TileEmbedding(nn.Module):
             class_token = self.param("class_token", nn.initializers.normal(0.02), (width,))
             class_token = mesh.constrain(jnp.broadcast_to(class_token.astype(pixels.dtype), (rows, images, 1, width)), *_ROWS, None)
             x = jnp.concatenate([class_token, x], axis=2)
-        table = self.param("positions", nn.initializers.normal(0.02), (v.patches + int(v.class_token), width))
-        x = x + gathered(table, pixels.dtype, None, None)
+        if v.positions == "learned":
+            table = self.param("positions", nn.initializers.normal(0.02), (v.patches + int(v.class_token), width))
+            x = x + gathered(table, pixels.dtype, None, None)
         return norm(v, "pre_norm")(x) if v.pre_norm else x

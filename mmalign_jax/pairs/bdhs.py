@@ -20,7 +20,7 @@ draw, iteration, sentence) alone.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -50,6 +50,12 @@ def reference_of(record: PreferenceRecord) -> Response:
     if not record.responses or record.prefix or not record.complete:
         raise UserError(f"record {record.id}: BDHS needs a whole reference answer")
     return record.responses[record.prefs[0].win if record.prefs else 0]
+
+
+def check_one_process() -> None:
+    """Raises UserError in a run of several processes: pairs are made in one."""
+    if jax.process_count() > 1:
+        raise UserError("config.pairs.maker: making pairs runs in one process; make them first with launch/make_pairs.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +110,7 @@ class BdhsSampler:
     def __init__(self, model: Mllm, processor: Processor, mesh: Mesh, config: PairsConfig, layout: RowLayout, lanes: int):
         if layout.answers != 1:
             raise ValueError("BDHS reads rows with one answer")
-        if jax.process_count() > 1:
-            raise UserError("config.pairs.maker: making pairs runs in one process; make them first with launch/make_pairs.py")
+        check_one_process()
         self._processor, self._config, self._lanes = processor, config, lanes
         self._similarity = MEASURES[config.similarity]
         self._stop = processor.answer(".").ids[:-1]
@@ -308,22 +313,3 @@ def make_pairs(
             statistics = statistics.plus(outcome, len(pairs))
             made += pairs
         yield made, statistics
-
-
-def sample_pairs(
-    sampler: BdhsSampler,
-    params: dict,
-    records: Iterable[PreferenceRecord],
-    config: PairsConfig,
-    progress: Callable[[int], None] = lambda done: None,
-) -> tuple[list[PreferenceRecord], Statistics]:
-    """The preference records of all `records`, and what happened to them.
-
-    Args:
-      progress: called with the number of records done.
-    """
-    made, statistics = [], Statistics()
-    for some, statistics in make_pairs(sampler, params, records, config):
-        made += some
-        progress(statistics.records)
-    return made, statistics

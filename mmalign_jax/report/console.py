@@ -25,7 +25,6 @@ class Console:
       enabled: False makes every method silent.
       live: whether the status is one line that is drawn anew; None: whether the stream is a terminal.
       every_s: seconds between two plain status lines.
-      every_steps: steps after which a plain status line is written earlier than that; 0: never.
       clock: seconds, for tests.
     """
 
@@ -36,18 +35,15 @@ class Console:
         enabled: bool = True,
         live: bool | None = None,
         every_s: float = 10.0,
-        every_steps: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._stream = sys.stdout if stream is None else stream
         self._enabled = enabled
         self._live = self._stream.isatty() if live is None else live
         self._every_s = 0.2 if self._live else every_s
-        self._every_steps = every_steps
         self._clock = clock
         self._drawn = False  # whether the cursor stands behind a live line
         self._shown_at = -float("inf")
-        self._shown_step = 0
         self._history: deque[tuple[float, int]] = deque(maxlen=50)
 
     def line(self, text: str) -> None:
@@ -67,10 +63,9 @@ class Console:
             self._history.clear()
         self._history.append((now, step))
         due = now - self._shown_at >= self._every_s or step >= steps
-        due |= bool(self._every_steps) and step - self._shown_step >= self._every_steps and not self._live
         if not self._enabled or not due:
             return
-        self._shown_at, self._shown_step = now, step
+        self._shown_at = now
         parts = [f"step {step}/{steps}"]
         parts += [f"{label} {form.format(metrics[name])}" for name, label, form in _SHOWN if metrics.get(name) is not None]
         if (left := self._seconds_left(steps)) is not None:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mmalign_jax.files import replace_text
 from mmalign_jax.report import svg
-from mmalign_jax.report.metrics import read_metrics, replace_text
+from mmalign_jax.report.metrics import read_metrics
 from mmalign_jax.report.records import Answer, GalleryItem, ScoreRow, SkippedRow, score_cells, verdict
 from mmalign_jax.report.style import STYLE
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from mmalign_jax.errors import DataError, UserError
+from mmalign_jax.files import replace_text
 
 FILE = "metrics.jsonl"
 
@@ -119,16 +119,6 @@ class MetricsWriter:
 def read_metrics(workdir: str | Path) -> tuple[dict[str, Any], ...]:
     """The lines of a run's `metrics.jsonl`, none when there is no file; a last line that a crash cut short is left out."""
     return tuple(_lines(Path(workdir) / FILE))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file so that it is found either old or new, never half."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,12 @@
 """A table over several runs: one line a method, mean and spread over its seeds."""
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmalign_jax.errors import UserError
+from mmalign_jax.files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ def read_runs(root: Path) -> tuple[RunScores, ...]:
     """
     runs = []
     for file in sorted(root.glob("*/summary.json")):
-        config = json.loads((file.parent / "config.json").read_text(encoding="utf-8"))
-        rows = json.loads(file.read_text(encoding="utf-8"))["scores"]
+        config = read_json(file.parent / "config.json")
+        rows = read_json(file)["scores"]
         scores = {(row["group"], row["name"]): row["after"]["value"] for row in rows if row["after"]}
         runs.append(RunScores(label_of(config), config["train"]["seed"], scores))
     if not runs:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from mmalign_jax.scenes.world import COLORS, GRID, KINDS, PLACES, Scene, SceneObject
+from mmalign_jax.scenes.world import COLORS, GRID, KINDS, PLACES, SceneObject
 
 DESCRIBE = "Describe the picture."
 READ_KINDS, READ_COLORS = "Read the kinds in the cells.", "Read the colors in the cells."
@@ -53,11 +53,6 @@ def _verb(thing: SceneObject) -> str:
 
 def _noun(thing: SceneObject) -> str:
     return f"{_COUNT_WORDS[thing.count]} {thing.color} {thing.kind if thing.count == 1 else KINDS[thing.kind]}"
-
-
-def true_caption(scene: Scene) -> str:
-    """What is in the picture, in reading order of the places."""
-    return caption(scene.objects)
 
 
 def reading(objects: Sequence[SceneObject], what: Callable[[SceneObject], str]) -> str:

@@ -57,8 +57,7 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
     objective = losses.build(config.objective.name, **config.objective.hyperparameters)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state, reference, batch = _abstract_arguments(config, sizes, mesh, optimizer, objective)
-    # compiled for an accelerator: auto means bfloat16
-    dtype = "bfloat16" if config.model.compute_dtype == "auto" else config.model.compute_dtype
+    dtype = mesh_lib.compute_dtype(config.model.compute_dtype, "tpu")
     model = Mllm(sizes, (0.5,) * 3, (0.5,) * 3, dtype, remat=config.model.remat == "full")
     step = make_train_step(LossFunction(model, objective), optimizer, make_schedule(config.optimizer, config.train.steps))
     start = time.monotonic()

@@ -74,21 +74,28 @@ class Checkpoints:
         self._manager.close()
 
 
-def restore_params(directory: Path, step: int | None, like: dict) -> dict:
-    """Only the trainable parameters of a checkpoint, in the shardings of `like`.
-
-    Args:
-      like: shapes, types and shardings of the trainable parameters, or arrays that have them.
-      step: which checkpoint; None: the newest.
+def find_step(directory: Path, step: int | None) -> int:
+    """The step of a checkpoint; None asks for the newest.
 
     Raises:
       UserError: there is no such checkpoint.
     """
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory; the run has saved no checkpoint")
     with ocp.CheckpointManager(directory.absolute(), item_names=("state", "position")) as manager:
         steps = sorted(manager.all_steps())
-        if not steps or (step is not None and step not in steps):
-            raise UserError(f"{directory}: no checkpoint of step {step}; there are {steps or 'none'}")
-        step = steps[-1] if step is None else step
+    if not steps or (step is not None and step not in steps):
+        raise UserError(f"{directory}: no checkpoint of step {'(newest)' if step is None else step}; there are {steps or 'none'}")
+    return steps[-1] if step is None else step
+
+
+def restore_params(directory: Path, step: int, like: dict) -> dict:
+    """Only the trainable parameters of the checkpoint of a step (see `find_step`), in the shardings of `like`.
+
+    Args:
+      like: shapes, types and shardings of the trainable parameters, or arrays that have them.
+    """
+    with ocp.CheckpointManager(directory.absolute(), item_names=("state", "position")) as manager:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, {"params": like})
         part = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True)
         args = ocp.args.Composite(state=part)

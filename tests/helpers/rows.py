@@ -52,11 +52,11 @@ def encoded(color=(200, 30, 30), size=(12, 8), kind="JPEG", mode="RGB", **option
     return out.getvalue()
 
 
-def photo_bytes(name="astronaut") -> bytes:
+def photo_bytes(name="astronaut", size=(64, 64)) -> bytes:
     from skimage import data
 
     out = io.BytesIO()
-    Image.fromarray(getattr(data, name)()).resize((64, 64)).save(out, "JPEG")
+    Image.fromarray(getattr(data, name)()).resize(size).save(out, "JPEG")
     return out.getvalue()
 
 

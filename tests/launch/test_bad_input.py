@@ -171,5 +171,5 @@ def test_skipped_rows_are_counted_and_listed(model, tmp_path):
     shown = listed(workdir)
     assert shown[:5] == [(line["file"], line["row"], f"{line['reason']}: {line['problem']}") for line in lines]
     assert shown[5][:2] == ("records", "set.parquet:9") and shown[5][2].startswith("dropped_long: ")
-    pairs = json.loads((workdir / "pairs.json").read_text())
+    pairs = json.loads((workdir / "pairs" / "statistics.json").read_text())
     assert pairs["records"] == 4 and pairs["records"] == pairs["pairs"] + pairs["unchanged"] + pairs["unusable"]

@@ -15,6 +15,7 @@ from mmalign_jax.data.builder import describe, open_records, prepare
 from mmalign_jax.data.sources.source import Source
 
 ROOT = Path(__file__).resolve().parents[2]
+SCENES_SFT = ROOT / "mmalign_jax" / "assets" / "scenes_sft"
 CONFIG = ROOT / "configs" / "pairs" / "bdhs.py"
 SETTINGS = ("n_iter=2", "max_sentence_tokens=4", "batch_size=4", "temperature=0.0")
 
@@ -49,6 +50,7 @@ def test_pairs_of_a_published_set(model, tmp_path):
     # the same command finds that it is done; other settings make other pairs; the device batch is not one of them
     again = command(model, data, tmp_path / "pairs", "--config.pairs.batch_size=8")
     assert again.returncode == 0 and f"Made before: {len(pairs)} pairs" in again.stdout and "Making pairs" not in again.stdout
+    assert "ended in iteration 1" in again.stdout
     before = describe(tmp_path / "pairs").fingerprint
     other = command(model, data, tmp_path / "pairs", "--config.pairs.seed=1", "--config.pairs.per_sentence=True")
     assert other.returncode == 0 and "Making pairs" in other.stdout
@@ -63,6 +65,22 @@ def test_prepared_records_and_rows_that_are_left_out(model, tmp_path):
     statistics = json.loads((tmp_path / "pairs" / "statistics.json").read_text())
     assert statistics["records"] == 2 and [row["record_id"] for row in statistics["left_out"]] == ["r2"]
     assert not (tmp_path / "pairs.imported").exists()
+
+
+def test_pairs_of_the_built_in_world(tmp_path):
+    """`--data scenes` gives what the same records give when they are named as a prepared set."""
+    settings = ("--config.scenes.align=2", "--config.pairs.n_iter=1")
+    done = command(SCENES_SFT, "scenes", tmp_path / "pairs", *settings)
+    assert done.returncode == 0, done.stderr
+    drawn = tmp_path / "pairs.imported"
+    assert describe(drawn).count == 6 and "6 records of scenes" in done.stdout  # a caption and two questions a picture
+    again = command(SCENES_SFT, drawn, tmp_path / "again", *settings)
+    assert again.returncode == 0, again.stderr
+    one, other = (open_records(tmp_path / name) for name in ("pairs", "again"))
+    assert list(map(one.__getitem__, range(len(one)))) == list(map(other.__getitem__, range(len(other)))) and len(one) > 0
+    assert all(pair.meta["split"] == "align" for pair in map(one.__getitem__, range(len(one))))
+    sft = command(SCENES_SFT, "scenes", tmp_path / "pairs", "--config.scenes.sft=1", "--config.data.split=sft", "--config.pairs.n_iter=1")
+    assert sft.returncode == 0 and "3 records of scenes" in sft.stdout and "Making pairs" in sft.stdout
 
 
 @pytest.mark.parametrize(

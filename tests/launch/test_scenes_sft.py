@@ -41,7 +41,7 @@ def test_its_first_steps_train_every_part(workdir):
 
 def test_what_ships_is_what_it_makes(workdir):
     export = workdir / "export"
-    assert files(export) == files(SHIPPED)
+    assert files(export) - {"README.md"} == files(SHIPPED)  # what the model card tells stands in the configs and the README
     made, shipped = tensors(export), tensors(SHIPPED)
     assert {name: (value.shape, value.dtype) for name, value in made.items()} == {name: (value.shape, value.dtype) for name, value in shipped.items()}
     for name in sorted(files(SHIPPED) - {MARKER}):  # it names the version that wrote it

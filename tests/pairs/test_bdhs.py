@@ -20,7 +20,7 @@ from mmalign_jax.data.plan import measure
 from mmalign_jax.data.records import to_example
 from mmalign_jax.data.validate import check_record
 from mmalign_jax.errors import DataError, UserError
-from mmalign_jax.pairs.bdhs import BdhsSampler, sample_pairs, to_records
+from mmalign_jax.pairs.bdhs import BdhsSampler, make_pairs, to_records
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.pairs.similarity import ngram_cosine
 from mmalign_jax.types import Media, Preference, Response
@@ -187,10 +187,12 @@ def test_texts_of_guided_answers(outcomes):
 
 
 def test_whole_pairs(tiny, sampler_of, outcomes):
-    run, done = sampler_of(), []
-    made, statistics = sample_pairs(run.func, *run.args, iter(build()), GREEDY, done.append)
+    run, chunk = sampler_of(), 4
+    parts = list(make_pairs(run.func, *run.args, iter(build()), GREEDY, chunk))
+    made, statistics = [pair for pairs, _ in parts for pair in pairs], parts[-1][1]
+    assert [counts.records for _, counts in parts] == [chunk, len(build())]
     assert statistics.records == len(build()) == statistics.pairs + statistics.unchanged + statistics.unusable
-    assert statistics.pairs == len(made) and sum(statistics.by_iteration.values()) == statistics.records and done == [6]
+    assert statistics.pairs == len(made) and sum(statistics.by_iteration.values()) == statistics.records
     assert [one.id for one in made] == [one.record.id for one in outcomes if one.changed]
     for pair in made:
         source = next(one for one in build() if one.id == pair.id)
@@ -265,7 +267,7 @@ def test_nothing_new_or_nothing_readable_gives_no_pair(tiny, sampler_of, outcome
     decode = type(tiny.processor).decode
     monkeypatch.setattr(type(tiny.processor), "decode", lambda self, ids: decode(self, ids) + " <image>")
     run = sampler_of()
-    made, statistics = sample_pairs(run.func, *run.args, build()[:2], GREEDY)
+    ((made, statistics),) = make_pairs(run.func, *run.args, build()[:2], GREEDY)
     assert not made and statistics.unusable == 2 and statistics.unchanged == 0 and statistics.by_iteration == {3: 2}
 
 

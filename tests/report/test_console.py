@@ -33,14 +33,6 @@ def test_plain_lines_come_at_intervals_and_at_the_end():
     assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
 
 
-def test_plain_lines_by_steps():
-    voice, stream, clock = console(every_s=1e9, every_steps=25)
-    for step in range(1, 101):
-        clock.now += 1.0
-        voice.status(step, 100, {})
-    assert [line.split()[1] for line in stream.getvalue().splitlines()] == ["1/100", "26/100", "51/100", "76/100", "100/100"]
-
-
 def test_the_first_slow_step_does_not_spoil_the_eta():
     voice, stream, clock = console(every_s=0.0)
     for step, now in ((1, 100.0), (2, 101.0), (3, 102.0)):

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from pathlib import Path
+from typing import Any
 
 from mmalign_jax.data.bad_rows import BadRow, Place
 from mmalign_jax.errors import DataError, UserError
@@ -22,13 +23,15 @@ class Source:
     """A data set that can be imported. Whoever makes records in another way (a renderer, a pair maker) builds one of these.
 
     `rows` may be called more than once and must give the same rows in the same order. `fingerprint` is any text that changes when
-    the rows would change. `side_files` is filled while rows are read: the image files outside the set, with size and mtime.
+    the rows would change. Two mappings are filled while rows are read: `side_files` with the image files outside the set, their size
+    and mtime, and `statistics` with what the maker has to say of its rows (JSON values), which is kept beside them.
     """
 
     name: str
     fingerprint: str
     rows: Callable[[], Rows]
     side_files: MutableMapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    statistics: MutableMapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def stamp(file: Path) -> tuple[int, int]:

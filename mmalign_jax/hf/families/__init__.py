@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmalign_jax.errors import UserError
-from mmalign_jax.hf.families import llava, llava_next, llava_next_video
+from mmalign_jax.hf.families import gemma3, idefics3, internvl, llava, llava_next, llava_next_video, paligemma, smolvlm
 from mmalign_jax.hf.family import Family
 from mmalign_jax.models.config import MllmConfig
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (llava.FAMILY, llava_next.FAMILY, llava_next_video.FAMILY)}
+_ALL = (llava, llava_next, llava_next_video, idefics3, smolvlm, internvl, gemma3, paligemma)
+FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _ALL}
 
 
 def read(config: Mapping[str, Any], where: str = "config.json") -> MllmConfig:

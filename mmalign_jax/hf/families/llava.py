@@ -6,25 +6,14 @@ from typing import Any
 
 from mmalign_jax.hf import decoders, towers
 from mmalign_jax.hf.family import Family
-from mmalign_jax.hf.names import HEAD, Entry, NameTable, linear
+from mmalign_jax.hf.names import HEAD, LLAVA_PREFIXES, Entry, NameTable, linear
 from mmalign_jax.hf.pictures import Pictures, SingleTile, load_image_processor
 from mmalign_jax.models.config import ConnectorConfig, MllmConfig
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 
-PREFIXES = {
-    # files on the hub; what transformers 5 saves of a model that it built (no level `vision_model`); transformers' module names
-    "language_model.model.": "decoder.",
-    "model.language_model.": "decoder.",
-    "language_model.lm_head.": "head.",
-    "lm_head.": "head.",
-    "vision_tower.vision_model.": "vision.",
-    "vision_tower.": "vision.",
-    "model.vision_tower.vision_model.": "vision.",
-    "model.vision_tower.": "vision.",
-    "multi_modal_projector.": "projector.",
-    "model.multi_modal_projector.": "projector.",
+PREFIXES = LLAVA_PREFIXES | {
     # files of LLaVA's own code
     "model.layers.": "decoder.layers.",
     "model.embed_tokens.": "decoder.embed_tokens.",

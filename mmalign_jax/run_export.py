@@ -1,0 +1,94 @@
+"""A run's model as a Hugging Face directory with its card: at the end of the run, or any of its checkpoints later."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mmalign_jax import losses, run_files
+from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.config import Config, from_mapping
+from mmalign_jax.data import builder
+from mmalign_jax.data.sources.source import MARKER
+from mmalign_jax.errors import UserError
+from mmalign_jax.evaluation.benchmark import rows
+from mmalign_jax.files import read_json, replace_text
+from mmalign_jax.hf.export import export
+from mmalign_jax.hf.pretrained import Pretrained
+from mmalign_jax.pairs.offline import read_offline
+from mmalign_jax.report import model_card
+from mmalign_jax.report.environment import environment
+from mmalign_jax.training.checkpoint import abstract_policy, find_step, restore_params
+from mmalign_jax.training.step import split_params
+
+
+def export_run(config: Config, workdir: Path, base: Path, params: Mapping[str, Any], step: int, out: Path) -> Path:
+    """Writes the parts of `params` that trained over a copy of the base model, and a model card. All processes call it.
+
+    Args:
+      workdir: the run's directory; the card tells what it holds: scores, statistics of pairs, counts of records.
+      step: after which `params` were taken.
+
+    Raises:
+      UserError: see `hf.export.export`.
+    """
+    trained = {part: tree for part, tree in params.items() if part not in config.model.freeze}
+    out = export(trained, base, out, dtype=config.export.dtype)
+    if jax.process_index() == 0:
+        replace_text(out / model_card.FILE, model_card.model_card(config, _facts(config, workdir, base, step)))
+    return out
+
+
+def export_step(workdir: Path, step: int | None, out: Path) -> Path:
+    """Writes the checkpoint of a step (None: the newest) of the run in `workdir` as a Hugging Face directory.
+
+    Raises:
+      UserError: the directory holds no run or no such checkpoint, or `out` holds something else than an export.
+    """
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"--workdir: {workdir} holds no run (no config.json)")
+    config = from_mapping(read_json(workdir / "config.json"))
+    step = find_step(workdir / "checkpoints", step)
+    # the run's mesh is not needed here: a laptop exports what a pod trained
+    mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    policy = Pretrained.read(run_files.base_model(config, workdir), mesh, config.model.compute_dtype)
+    like, _ = split_params(abstract_policy(policy.sizes, policy.mesh), config.model.freeze)
+    return export_run(config, workdir, policy.path, restore_params(workdir / "checkpoints", step, like), step, out)
+
+
+def _facts(config: Config, workdir: Path, base: Path, step: int) -> model_card.Facts:
+    """What the run's directory and the base model's tell. Parts of a run that were not done leave nothing to tell."""
+    card = base / model_card.FILE
+    dataset, on_hub = ("the built-in world", False) if config.data.format == "scenes" else _name(Path(config.data.path), "datasets")
+    counts, pairs = workdir / run_files.DATA, workdir / run_files.PAIRS
+    data = read_json(counts) if counts.exists() else {}
+    made = read_offline(builder.describe(pairs)).statistics if (pairs / MARKER).is_file() else None
+    return model_card.Facts(
+        base="" if config.model.init else _name(base, "models")[0],
+        step=step,
+        hyperparameters=losses.build(config.objective.name, **config.objective.hyperparameters).hyperparameters,
+        licence=model_card.licence_of(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {},
+        dataset=dataset,
+        on_hub=on_hub,
+        records=data.get("records"),
+        skipped=data.get("skipped", {}),
+        pairs={} if made is None else {name: getattr(made, name) for name in ("records", "pairs", "unchanged", "unusable")},
+        scores=_scores(workdir),
+        environment=environment(),
+    )
+
+
+def _scores(workdir: Path) -> list:
+    before, after = (workdir / "eval" / f"{when}.json" for when in ("before", "after"))
+    return rows(read_json(before) if before.exists() else None, read_json(after)) if after.exists() else []
+
+
+def _name(path: Path, kind: str) -> tuple[str, bool]:
+    """The name of a model or data set, and whether it is a hub's: a hub's cache tells it, other directories only how they are called."""
+    path = path.absolute()
+    for part in path.parts:
+        if found := re.fullmatch(rf"{kind}--([\w.-]+?)--([\w.-]+)", part):
+            return "/".join(found.groups()), True
+    return path.name, False

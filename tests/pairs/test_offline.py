@@ -1,0 +1,213 @@
+"""Pairs of a whole set: streamed, made once, and made again when they would be others."""
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+
+import jax
+import pytest
+from helpers import checkpoints
+from helpers.tiny import record
+
+from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.config import Config, DataConfig, PairsConfig
+from mmalign_jax.data import builder
+from mmalign_jax.data.sources.source import Source
+from mmalign_jax.errors import DataError, UserError
+from mmalign_jax.hf.pretrained import Pretrained
+from mmalign_jax.pairs import offline
+from mmalign_jax.pairs.bdhs import Statistics
+from mmalign_jax.report.console import Console
+from mmalign_jax.types import Preference, Response
+
+MESH = mesh_lib.make_mesh(devices=jax.devices()[:1])
+PAIRS = PairsConfig(maker="bdhs", rho_th=0.7, n_iter=2, max_sentence_tokens=4, batch_size=4)
+CONFIG = Config(pairs=PAIRS, data=DataConfig(workers=0))
+RECORDS = [record(f"r{number}", "What is it?", f"A cup. {number} dogs.", images=[number]) for number in range(5)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return checkpoints.tiny_llava(tmp_path_factory.mktemp("offline"), seed=3)
+
+
+@pytest.fixture(scope="module")
+def policy(directory):
+    return Pretrained.read(directory, MESH)
+
+
+def prepared(out, records=RECORDS, name="1"):
+    return builder.open_records(builder.prepare(DataConfig(), Source("rows", name, lambda: iter(records)), out).dir)
+
+
+def make(policy, records, out, config=CONFIG):
+    """The pairs and what was said while they were made."""
+    said = io.StringIO()
+    return offline.make_offline(policy, records, config, out, Console(said)), said.getvalue()
+
+
+def pairs_of(made):
+    found = builder.open_records(made.prepared.dir)
+    return list(map(found.__getitem__, range(len(found))))
+
+
+def test_made_once_and_the_same_from_references_and_from_pairs(policy, tmp_path):
+    made, said = make(policy, prepared(tmp_path / "set"), tmp_path / "pairs")
+    counts = made.statistics
+    assert not made.prepared.reused and "Making pairs ..." in said and "Loading the model ..." in said
+    assert counts.records == 5 == counts.pairs + counts.unchanged + counts.unusable and sum(counts.by_iteration.values()) == 5
+    assert len(pairs_of(made)) == counts.pairs > 0
+    again, said = make(policy, prepared(tmp_path / "set"), tmp_path / "pairs")
+    assert again.prepared.reused and said == ""
+    assert (again.statistics, again.left_out) == (counts, ())
+
+    # answers that nobody asked for change nothing
+    with_answers = [
+        dataclasses.replace(one, responses=(Response("Rejected before."), one.responses[0]), prefs=(Preference(1, 0),)) for one in RECORDS
+    ]
+    other, _ = make(policy, prepared(tmp_path / "other", with_answers), tmp_path / "other_pairs")
+    assert pairs_of(other) == pairs_of(made) and other.statistics == counts
+
+
+def test_records_that_do_not_fit_are_named(policy, tmp_path):
+    long = record("long", "What?", "A table. " * 20, images=[1])
+    config = dataclasses.replace(CONFIG, data=DataConfig(workers=0, answer_tokens=48, on_long_row="drop"))
+    made, _ = make(policy, prepared(tmp_path / "set", [*RECORDS[:2], long]), tmp_path / "pairs", config)
+    for found in (made, offline.read_offline(made.prepared)):
+        assert [row.record_id for row in found.left_out] == ["long"] and found.left_out[0].policy == "dropped_long"
+        assert isinstance(found.statistics, Statistics) and found.statistics.records == 2
+
+
+def test_pairs_are_not_held_in_memory(policy, tmp_path, monkeypatch):
+    """Rows reach the builder while later records have not been read."""
+    read, read_before = [], []
+
+    class Counting(builder.RecordSource):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    def two_at_a_time(sampler, params, records, config):
+        statistics = Statistics()
+        del read[:]  # what the plan read
+        for number, one in enumerate(records):
+            answers = (one.responses[0], Response("A tree.", source="bdhs"))
+            statistics = dataclasses.replace(statistics, records=number + 1, pairs=number + 1)
+            yield [dataclasses.replace(one, responses=answers, prefs=(Preference(0, 1),))], statistics
+
+    def watching(config, source, out, **options):
+        def rows():
+            for row in source.rows():
+                read_before.append(len(read))
+                yield row
+
+        return prepare(config, dataclasses.replace(source, rows=rows), out, **options)
+
+    records, prepare = prepared(tmp_path / "set"), builder.prepare
+    monkeypatch.setattr(records, "__class__", Counting)
+    monkeypatch.setattr(offline, "make_pairs", two_at_a_time)
+    monkeypatch.setattr(builder, "prepare", watching)
+    make(policy, records, tmp_path / "pairs")
+    assert read_before == [1, 2, 3, 4, 5]
+
+
+def test_an_interrupted_run_leaves_nothing_and_damaged_statistics_are_named(policy, tmp_path, monkeypatch):
+    records = prepared(tmp_path / "set")
+
+    def stopped(sampler, params, rows, config):
+        raise KeyboardInterrupt
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "make_pairs", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            make(policy, records, tmp_path / "pairs")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+    made, _ = make(policy, records, tmp_path / "pairs")
+    for damage, problem in ((lambda file: file.write_text("{"), "damaged"), (os.remove, "missing")):
+        damage(made.prepared.dir / builder.STATISTICS)
+        with pytest.raises(DataError, match=f"statistics.json: {problem}.* Delete .* and make the pairs again"):
+            make(policy, records, tmp_path / "pairs")
+
+
+def test_no_pair_at_all_and_several_processes(policy, tmp_path, monkeypatch):
+    records = prepared(tmp_path / "set")
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, "make_pairs", lambda sampler, params, rows, config: iter([([], Statistics(records=5, unchanged=5))]))
+        with pytest.raises(UserError, match="config.pairs: no pair came out of 5 records"):
+            make(policy, records, tmp_path / "pairs")
+    made, _ = make(policy, records, tmp_path / "pairs")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert make(policy, records, tmp_path / "pairs")[0].prepared.reused  # pairs that are there are read by every process
+    with pytest.raises(UserError, match="making pairs runs in one process"):
+        make(policy, records, tmp_path / "elsewhere")
+    assert not (tmp_path / "elsewhere").exists() and pairs_of(made)
+
+
+def test_identity_of_settings_and_records(policy, tmp_path):
+    records = prepared(tmp_path / "set")
+
+    def identity(*, records=records, dtype="float32", data=None, **pairs):
+        model = dataclasses.replace(policy.model, dtype=dtype)
+        config = dataclasses.replace(CONFIG, pairs=dataclasses.replace(PAIRS, **pairs), data=dataclasses.replace(CONFIG.data, **(data or {})))
+        return offline.identity(dataclasses.replace(policy, model=model), records, config)
+
+    same, fields = identity(), {field.name for field in dataclasses.fields(PairsConfig)}
+    changes = {
+        "rho_th": 0.5, "n_iter": 3, "eps": 0.5, "temperature": 0.5, "top_p": 0.5, "max_sentence_tokens": 5, "yes_no_swap": 0.1,
+        "per_sentence": True, "similarity": "another", "seed": 1,
+    }  # fmt: skip
+    assert fields == changes.keys() | {"maker", "when", "batch_size"}
+    others = [identity(**{name: value}) for name, value in changes.items()]
+    others += [identity(dtype="bfloat16"), identity(data={"answer_tokens": 64}), identity(data={"on_long_row": "drop"})]
+    others += [identity(records=prepared(tmp_path / "other", RECORDS[:2], "2"))]
+    assert len({same, *others}) == 1 + len(others)
+    assert identity(when="online", batch_size=8, data={"workers": 7, "cache": "elsewhere"}) == same
+
+
+def test_identity_sees_an_image_file_that_changed(policy, tmp_path):
+    """The rows of such a set and its settings stay the same; only what their paths lead to is another picture."""
+    image = tmp_path / "x.png"
+
+    def identity(content):
+        image.write_bytes(content)
+        source = Source("rows", "1", lambda: iter(RECORDS[:1]), side_files={str(image): (image.stat().st_size, image.stat().st_mtime_ns)})
+        return offline.identity(policy, builder.open_records(builder.prepare(DataConfig(), source, tmp_path / "set").dir), CONFIG)
+
+    assert identity(b"one picture") != identity(b"another picture")
+
+
+def test_identity_of_the_models_files(policy, directory, tmp_path):
+    records, copy = prepared(tmp_path / "set"), tmp_path / "model"
+    shutil.copytree(directory, copy)
+
+    def identity(path=copy):
+        return offline.identity(dataclasses.replace(policy, path=path), records, CONFIG)
+
+    same = identity()
+    assert same == identity(directory)  # where it lies does not matter; copytree keeps the times of files
+    for name, content in (("README.md", "# Card"), ("mmalign_export.json", "{}"), (".gitattributes", "*")):
+        (copy / name).write_text(content)
+    assert identity() == same
+    os.utime(copy / "tokenizer.json")  # a time alone is no change of a small file
+    assert identity() == same
+    seen = {same}
+    for name in ("chat_template.jinja", "tokenizer.json", "preprocessor_config.json", "config.json"):
+        (copy / name).write_text((copy / name).read_text() + " ")
+        seen.add(identity())
+    generation = copy / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": 2}))
+    seen.add(identity())
+    weights = next(copy.glob("*.safetensors"))
+    os.utime(weights)
+    seen.add(identity())
+    assert len(seen) == 7
