@@ -49,6 +49,7 @@ class DataConfig:
     max_frames: int = setting(512, min=1, help="most frames of one video; each is an image as far as the other limits go")
     prefix_tokens: int = setting(0, min=0, help="most slots for images and prompt; a run uses as many as its longest row needs; 0: no limit")
     answer_tokens: int = setting(0, min=0, help="most slots for one answer; 0: no limit")
+    buckets: int = setting(0, min=0, max=32, help="row shapes in training, each compiled once; 0: 4 where pictures have any size, else 1")
     workers: int = setting(4, min=0, help="threads that read and decode")
 
 

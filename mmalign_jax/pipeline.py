@@ -156,11 +156,18 @@ class _Run:
         """Says what the model will see, before any of it is computed."""
         first, layout = records[int(plan.items[0][0])], plan.layout
         self.console.line(f"First prompt, as the model reads it: {self.policy.processor.render(first.turns)!r}")
-        images = f"{layout.images} x {self.policy.sizes.image_tokens} image tokens"
+        pictures = f"{layout.images} images of up to {layout.canvas[0]} x {layout.canvas[1]} pixels"
         self.console.line(
-            f"{plan.counts['kept']} of {plan.counts['rows']} rows; up to {layout.prefix_slots} tokens of prefix ({images}) and "
+            f"{plan.counts['kept']} of {plan.counts['rows']} rows; up to {layout.prefix_slots} tokens of prefix ({pictures}) and "
             f"{layout.answers} x {layout.answer_slots} of answers; {plan.padding_fraction:.0%} padding"
         )
+        if len(plan.buckets) > 1:
+            for bucket in plan.buckets:
+                shape, patches = bucket.layout, f", {bucket.layout.patch_slots} patches" if bucket.layout.patch_slots else ""
+                self.console.line(
+                    f"  {len(bucket.members)} rows of {shape.prefix_slots} + {shape.answers} x {shape.answer_slots} tokens, {shape.images} images"
+                    f"{patches}; {bucket.padding_fraction:.0%} padding"
+                )
         for reason in ("dropped_long", "dropped_bad", "shortened_answer"):
             if plan.counts[reason]:
                 self.console.line(f"{plan.counts[reason]} rows {reason.replace('_', ' ')}, listed in the report")

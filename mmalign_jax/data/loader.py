@@ -1,19 +1,20 @@
 """Batches for training and for one ordered pass, read with Grain.
 
-The order of training rows is a function of the seed alone: step s holds rows [s B, (s + 1) B) of an endless sequence in which every
-epoch is its own shuffle, and batches run across epoch ends. Process p of n takes rows p, p + n, ... of it. So the rows of a step, and
+The order of training rows is a function of the seed alone: step s holds rows [s B, (s + 1) B) of an endless sequence
+(`buckets.TrainingOrder`) in which every epoch is its own shuffle, and batches run across epoch ends. Process p of n takes rows p, p + n, ... of it. So the rows of a step, and
 the saved state (how many rows are behind us), are the same for any number of processes.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 
-from mmalign_jax.data.layout import RowProcessor, lay_out
+from mmalign_jax.data.buckets import TrainingOrder
+from mmalign_jax.data.layout import RowLayout, RowProcessor, lay_out
 from mmalign_jax.data.plan import Records, RowPlan, preference_of
 from mmalign_jax.errors import UserError
 from mmalign_jax.types import PairBatch
@@ -26,12 +27,26 @@ class _LayOut:
     records: Records
     processor: RowProcessor
     plan: RowPlan
+    layouts: Sequence[RowLayout]
+    layout_of: np.ndarray  # number of the layout of each item
+
+    @classmethod
+    def by_bucket(cls, records: Records, processor: RowProcessor, plan: RowPlan) -> "_LayOut":
+        layout_of = np.zeros(len(plan.items), np.int32)
+        for number, bucket in enumerate(plan.buckets):
+            layout_of[bucket.members] = number
+        return cls(records, processor, plan, [bucket.layout for bucket in plan.buckets], layout_of)
+
+    @classmethod
+    def in_one(cls, records: Records, processor: RowProcessor, plan: RowPlan) -> "_LayOut":
+        return cls(records, processor, plan, [plan.layout], np.zeros(len(plan.items), np.int32))
 
     def __call__(self, number: int) -> dict[str, Any]:
         index, pref = map(int, self.plan.items[number])
-        record = self.records[index]
+        record, layout = self.records[index], self.layout_of[number]
         tokens = None if self.plan.tokens is None else self.plan.tokens[number]
-        return lay_out(record, preference_of(record, pref), self.processor, self.plan.layout, tokens)
+        row = lay_out(record, preference_of(record, pref), self.processor, self.layouts[layout], tokens)
+        return {**row, "layout": layout}
 
 
 class Loader:
@@ -48,7 +63,7 @@ class Loader:
         workers: int,
         seed: int,
     ):
-        self._rows, self._plan = rows, plan
+        self._rows, self._layouts = rows, [bucket.layout for bucket in plan.buckets]
         self._batch_size, self._accumulate, self._process, self._workers = batch_size, accumulate, process, workers
         self._identity = {"seed": seed, "items": len(plan.items)}
         self._start(0)
@@ -60,7 +75,7 @@ class Loader:
         arrays = next(self._batches)
         self._behind += self._batch_size
         shape = (self._accumulate, self._batch_size // (self._accumulate * self._process[1]))
-        return _batch(jax.tree.map(lambda value: value.reshape(*shape, *value.shape[1:]), arrays), self._plan)
+        return _batch(jax.tree.map(lambda value: value.reshape(*shape, *value.shape[1:]), arrays), self._layouts)
 
     def get_state(self) -> dict[str, int]:
         """What JSON can hold: the rows that all processes together have taken, and what the order depends on."""
@@ -114,7 +129,8 @@ def make_loader(
             f"config.train.batch_size: {batch_size} is not a multiple of accumulate = {accumulate} times {process_count} processes"
         )
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # Grain takes 32 bits
-    rows = grain.MapDataset.range(len(plan.items)).shuffle(shuffle_seed).repeat().map(_LayOut(records, processor, plan))
+    order = TrainingOrder(plan.buckets, batch_size, shuffle_seed)
+    rows = grain.MapDataset.source(order).map(_LayOut.by_bucket(records, processor, plan))
     process = (process_index, process_count)
     return Loader(rows, plan, batch_size=batch_size, accumulate=accumulate, process=process, workers=workers, seed=seed)
 
@@ -149,7 +165,7 @@ def one_pass(
     if batch_size % process_count:
         raise UserError(f"batch_size: {batch_size} is not a multiple of the {process_count} processes")
     count = len(plan.items)
-    lay = _LayOut(records, processor, plan)
+    lay = _LayOut.in_one(records, processor, plan)
 
     def row(index: int) -> dict[str, Any]:
         number = min(index, count - 1)
@@ -159,12 +175,14 @@ def one_pass(
     rows = grain.MapDataset.range(padded)[process_index::process_count].map(row)
     for arrays in rows.to_iter_dataset(_read_options(workers)).batch(batch_size // process_count):
         valid, items = arrays.pop("valid"), arrays.pop("items")
-        yield PassBatch(_batch(arrays, plan), valid, items)
+        yield PassBatch(_batch(arrays, [plan.layout]), valid, items)
 
 
 def _read_options(workers: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4 * workers)
 
 
-def _batch(arrays: dict[str, np.ndarray], plan: RowPlan) -> PairBatch:
-    return PairBatch(**arrays, prefix_slots=plan.layout.prefix_slots, answer_slots=plan.layout.answer_slots)
+def _batch(arrays: dict[str, Any], layouts: Sequence[RowLayout]) -> PairBatch:
+    """The batch of rows that were all laid out by one of the layouts, `arrays["layout"]`."""
+    layout = layouts[int(arrays.pop("layout").flat[0])]
+    return PairBatch(**arrays, prefix_slots=layout.prefix_slots, answer_slots=layout.answer_slots)

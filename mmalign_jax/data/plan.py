@@ -9,6 +9,7 @@ import numpy as np
 
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data.bad_rows import place_of
+from mmalign_jax.data.buckets import Bucket, split
 from mmalign_jax.data.layout import RowLayout, RowProcessor, RowSize, RowTokens, misfit, tokenize
 from mmalign_jax.errors import DataError
 from mmalign_jax.types import Preference, PreferenceRecord
@@ -26,6 +27,8 @@ class Records(Protocol):
 # Tokens of the scan are kept while they take less: tokenising costs more than decoding a small picture. Larger sets tokenise again.
 KEEP_TOKEN_BYTES = 256 << 20
 
+AUTO_BUCKETS = 4  # layouts of models whose pictures take what their size asks for
+
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
@@ -40,6 +43,7 @@ class LeftOut:
 class RowPlan:
     """The layout, and the rows that are laid out: `items i32[n, 2]`, record index and index into its `prefs` (-1: reference answer).
 
+    `layout` holds every row; `buckets` are the layouts that training uses, each for its own rows.
     `counts` holds `rows` (all that the records have), `kept`, and by name what happened to the others:
     `rows == kept + dropped_long + dropped_bad`; `shortened_answer` rows are kept.
     """
@@ -48,7 +52,8 @@ class RowPlan:
     items: np.ndarray
     counts: Mapping[str, int]
     left_out: tuple[LeftOut, ...]
-    padding_fraction: float  # share of a row's token slots that are empty, on average
+    padding_fraction: float  # share of the slots in the buckets that are empty, on average over rows
+    buckets: tuple[Bucket, ...]
     tokens: tuple[RowTokens, ...] | None = dataclasses.field(default=None, repr=False)  # of `items`, None when they are too many to keep
 
 
@@ -85,7 +90,7 @@ def plan_rows(records: Records, processor: RowProcessor, config: DataConfig, *, 
     bad = len(left_out)
     layout = _layout([row for _, _, row in rows], processor, config, answers, multiple)
 
-    items, kept, used = [], [], 0
+    items, kept = [], []
     for number, (index, pref, row) in enumerate(rows):
         if problem := misfit(row, layout):
             record = records[index]
@@ -100,14 +105,16 @@ def plan_rows(records: Records, processor: RowProcessor, config: DataConfig, *, 
             left_out.append(LeftOut(records[index].id, "shortened_answer", problem))
         items.append((index, pref))
         kept.append(number)
-        used += row.prefix + sum(min(length, layout.answer_slots) for length in row.answers)
     if not items:
         raise DataError("no row is left to train on", file=config.path or "records", mend="Check the data set and config.data.on_long_row.")
     counts = {"rows": len(rows) + bad, "kept": len(items), "dropped_long": 0, "dropped_bad": 0, "shortened_answer": 0}
     counts |= collections.Counter(row.policy for row in left_out)
-    padding = 1.0 - used / (len(items) * layout.tokens)
+    most = config.buckets or (AUTO_BUCKETS if processor.pictures.needs_size else 1)
+    layout_of = lambda some: _layout(some, processor, config, answers, multiple)  # noqa: E731
+    buckets = tuple(split([rows[number][2] for number in kept], answers, most, layout_of))
+    padding = sum(len(bucket.members) * bucket.padding_fraction for bucket in buckets) / len(items)
     known = tuple(tokens[number] for number in kept) if room >= 0 else None
-    return RowPlan(layout, np.array(items, np.int32).reshape(-1, 2), counts, tuple(left_out), padding, known)
+    return RowPlan(layout, np.array(items, np.int32).reshape(-1, 2), counts, tuple(left_out), padding, buckets, known)
 
 
 def _rows(

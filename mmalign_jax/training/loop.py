@@ -121,10 +121,15 @@ class _Run:
             return state
         self.console.line(f"Training from step {start} to {steps}; the first step compiles")
         began, since, waited, in_flight = time.monotonic(), start, 0.0, None
+        shapes: set[tuple[int, ...]] = set()
         for number in range(start, steps):
             asked = time.monotonic()
             batch, made = self.batches.next_batch({**state.params, **state.frozen})
             waited += time.monotonic() - asked
+            shape = (*batch.tokens.shape, batch.prefix_slots, *batch.images.shape)
+            if shapes and shape not in shapes:
+                self.console.line(f"Step {number + 1} has rows of a shape that is new, {batch.tokens.shape[-1]} slots: it compiles")
+            shapes.add(shape)
             device_batch = to_device(batch, self.mesh)
             state, metrics = self.step(state, reference, device_batch)
             # the step before has ended by now: looking at it does not hold the device up

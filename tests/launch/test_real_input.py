@@ -87,7 +87,7 @@ def test_the_directory_holds_everything(run, base):
     assert "Loss" in report and "Traceback" not in report
     count = len(PHOTOGRAPHS)
     assert f"{count} records of {count} rows" in done.stdout and f"{count} of {count} rows" in done.stdout
-    assert "USER: <image>" in done.stdout and "9 image tokens" in done.stdout
+    assert "USER: <image>" in done.stdout and "1 images of up to 42 x 42 pixels" in done.stdout
     assert done.stderr == ""
 
 

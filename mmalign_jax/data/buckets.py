@@ -1,0 +1,99 @@
+"""A few static row shapes instead of one: rows of like size share a layout, and each layout is compiled once."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import grain
+import numpy as np
+
+from mmalign_jax.data.layout import RowLayout, RowSize
+
+_CANDIDATES = 64  # borders that are tried, at quantiles of the rows' sizes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bucket:
+    """Rows that share a layout: their numbers among the plan's items, and the share of their slots that is empty."""
+
+    layout: RowLayout
+    members: np.ndarray
+    padding_fraction: float
+
+
+def cost(size: RowSize, answers: int) -> int:
+    """Slots that a row takes by itself, of the decoder and of the tower."""
+    return size.prefix + answers * size.longest + size.patch_slots
+
+
+def split(sizes: Sequence[RowSize], answers: int, most: int, layout_of: Callable[[Sequence[RowSize]], RowLayout]) -> list[Bucket]:
+    """At most `most` groups of rows, in order of their cost, so that all rows together take the fewest slots.
+
+    Args:
+      layout_of: the smallest layout that holds these rows.
+    """
+    costs = np.array([cost(size, answers) for size in sizes])
+    order = np.argsort(costs, kind="stable")
+    borders = np.unique(np.linspace(0, len(sizes), min(len(sizes), _CANDIDATES if most > 1 else 1) + 1).astype(int))
+    # rows of one cost stay together, so that the groups do not depend on the order of the set
+    borders = np.unique([np.searchsorted(costs[order], costs[order[border]]) if border < len(sizes) else border for border in borders])
+
+    def slots(start: int, stop: int) -> int:
+        layout = layout_of([sizes[number] for number in order[start:stop]])
+        return (stop - start) * (layout.tokens + layout.patch_slots)
+
+    groups = _fewest_slots(borders.tolist(), most, slots)
+    found = []
+    for start, stop in groups:
+        members = np.sort(order[start:stop])
+        layout = layout_of([sizes[number] for number in members])
+        used = sum(_used(sizes[number], layout) for number in members)
+        found.append(Bucket(layout, members, 1.0 - used / (len(members) * (layout.tokens + layout.patch_slots))))
+    return found
+
+
+def _used(size: RowSize, layout: RowLayout) -> int:
+    return size.prefix + sum(min(length, layout.answer_slots) for length in size.answers) + size.patch_slots
+
+
+def _fewest_slots(borders: list[int], most: int, slots: Callable[[int, int], int]) -> list[tuple[int, int]]:
+    """Cuts the range at some of its borders, into at most `most` parts, with the smallest sum of `slots`."""
+    known = {(i, j): slots(borders[i], borders[j]) for j in range(len(borders)) for i in range(j) if most > 1 or (i == 0 and j == len(borders) - 1)}
+    best: list[dict[int, tuple[int, list[int]]]] = [{0: (0, [0])}]
+    last = len(borders) - 1
+    for _ in range(min(most, last)):
+        here: dict[int, tuple[int, list[int]]] = {}
+        for end in range(1, last + 1):
+            ways = [(total + known[i, end], [*cuts, end]) for i, (total, cuts) in best[-1].items() if i < end and (i, end) in known]
+            if ways:
+                here[end] = min(ways)
+        best.append(here)
+    _, cuts = min((row[last] for row in best if last in row), key=lambda way: (way[0], len(way[1])))
+    return [(borders[i], borders[j]) for i, j in zip(cuts[:-1], cuts[1:], strict=True)]
+
+
+class TrainingOrder:
+    """Position in the endless sequence of training rows -> number of a plan's item, by random access.
+
+    The rows of a step are of one bucket. A bucket's rows are shuffled anew each time they are through, and its steps are spread evenly
+    over all steps, as many as its rows deserve. With one bucket the sequence is a shuffle an epoch.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], batch_size: int, seed: int):
+        shuffle = lambda bucket: grain.MapDataset.source(bucket.members).shuffle(seed).repeat()  # noqa: E731
+        self._rows, self._batch_size = [shuffle(bucket) for bucket in buckets], batch_size
+        counts = np.array([len(bucket.members) for bucket in buckets])
+        # the k-th of a bucket's n steps is due at (k + 1/2) / n of a period of as many steps as there are rows
+        which = np.repeat(np.arange(len(buckets)), counts)
+        use = np.concatenate([np.arange(count) for count in counts])
+        period = np.argsort((use + 0.5) / counts[which], kind="stable")
+        self._which, self._use, self._counts = which[period], use[period], counts
+
+    def __len__(self) -> int:
+        return np.iinfo(np.int64).max // 2
+
+    def __getitem__(self, position: int) -> int:
+        step, row = divmod(int(position), self._batch_size)
+        periods, place = divmod(step, len(self._which))
+        bucket = self._which[place]
+        turn = periods * int(self._counts[bucket]) + int(self._use[place])
+        return int(self._rows[bucket][turn * self._batch_size + row])

@@ -1,0 +1,108 @@
+"""A few shapes instead of one: fewer empty slots, every row as often as before, and a sequence that may be entered anywhere."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+from helpers.rows import LetterProcessor, record
+
+from mmalign_jax.config import DataConfig
+from mmalign_jax.data.buckets import Bucket, TrainingOrder, split
+from mmalign_jax.data.layout import RowLayout, RowSize
+from mmalign_jax.data.loader import make_loader
+from mmalign_jax.data.plan import plan_rows
+from mmalign_jax.types import record_key
+
+PROCESSOR = LetterProcessor()
+RECORDS = [record(f"r{n}", prompt="x" * (3 + 40 * (n % 3 == 0)), chosen="y" * (2 + n % 5)) for n in range(24)]
+
+
+def planned(buckets):
+    return plan_rows(RECORDS, PROCESSOR, DataConfig(buckets=buckets), answers=2)
+
+
+def layout_of(sizes):
+    return RowLayout(max(s.prefix for s in sizes), max(s.longest for s in sizes), 2, 1, (4, 6))
+
+
+def size(prefix, answer):
+    return RowSize(prefix, 1, (4, 6), 0, (answer, answer), (0, 0))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_split_is_the_best_of_all(seed):
+    """Compared with every way to cut the sorted rows."""
+    random = np.random.default_rng(seed)
+    sizes = [size(*map(int, random.integers(1, [100, 30]))) for _ in range(9)]
+    ordered = sorted(sizes, key=lambda s: s.prefix + 2 * s.longest)
+
+    def slots(groups):
+        return sum(len(group) * layout_of(group).tokens for group in groups)
+
+    for most in (1, 2, 3):
+        found = split(sizes, 2, most, layout_of)
+        assert sorted(np.concatenate([bucket.members for bucket in found]).tolist()) == list(range(9)) and len(found) <= most
+        cuts = [c for count in range(most) for c in itertools.combinations(range(1, 9), count)]
+        best = min(slots([ordered[i:j] for i, j in zip((0, *c), (*c, 9), strict=True)]) for c in cuts)
+        assert slots([[sizes[n] for n in bucket.members] for bucket in found]) == best
+
+
+def test_buckets_leave_less_empty():
+    one, two = planned(1), planned(2)
+    assert len(one.buckets) == 1 and len(two.buckets) == 2
+    assert one.buckets[0].layout == one.layout == two.layout
+    assert two.padding_fraction < one.padding_fraction - 0.2
+    assert sorted(len(bucket.members) for bucket in two.buckets) == [8, 16]
+
+
+def orders(counts, batch_size=4):
+    ends = np.cumsum([0, *counts])
+    buckets = [Bucket(None, np.arange(start, stop), 0.0) for start, stop in zip(ends[:-1], ends[1:], strict=True)]
+    return TrainingOrder(buckets, batch_size, seed=3), ends
+
+
+def test_steps_are_of_one_bucket_and_rows_come_equally_often():
+    order, ends = orders([3, 10, 7])
+    period = [order[position] for position in range(20 * 4)]
+    steps = np.array(period).reshape(-1, 4)
+    bucket = np.searchsorted(ends, steps, side="right") - 1
+    assert np.all(bucket == bucket[:, :1])
+    assert set(collections.Counter(period).values()) == {4}
+    # spread evenly: no bucket waits for more than its turn
+    for number, count in enumerate([3, 10, 7]):
+        at = np.flatnonzero(bucket[:, 0] == number)
+        assert np.diff(at).max() <= np.ceil(20 / count) + 1
+    assert [order[80 + n] for n in range(80)] != period
+    assert order[10**9] in range(20)
+
+
+def test_one_bucket_is_a_shuffle_an_epoch():
+    order, _ = orders([10])
+    epochs = np.array([order[n] for n in range(40)]).reshape(4, 10)
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs.tolist()) and len({tuple(e) for e in epochs.tolist()}) == 4
+
+
+def test_batches_have_the_shapes_of_their_buckets_and_go_on_after_a_restore():
+    plan = planned(2)
+
+    def loader(**settings):
+        return make_loader(RECORDS, PROCESSOR, plan, batch_size=4, seed=3, workers=2, **settings)
+
+    whole = loader()
+    batches = [next(whole) for _ in range(24)]
+    shapes = {batch.tokens.shape for batch in batches}
+    assert shapes == {(1, 4, bucket.layout.tokens) for bucket in plan.buckets}
+    keys = collections.Counter(np.concatenate([batch.record_key.ravel() for batch in batches]).tolist())
+    assert keys == {record_key(row.id): 4 for row in RECORDS}
+    first = loader()
+    for _ in range(7):
+        next(first)
+    again = loader()
+    again.set_state(first.get_state())
+    halves = [loader(process_index=index, process_count=2) for index in range(2)]
+    for number, batch in enumerate(batches):
+        if number >= 7:
+            np.testing.assert_array_equal(next(again).tokens, batch.tokens)
+        mine = [next(half).tokens for half in halves]
+        np.testing.assert_array_equal(np.stack(mine, axis=2).reshape(batch.tokens.shape), batch.tokens)
