@@ -93,7 +93,8 @@ class RowTokens:
 
     @property
     def nbytes(self) -> int:
-        return self.prefix.nbytes + sum(ids.nbytes + scored.nbytes for ids, scored in self.answers)
+        answers = sum(ids.nbytes + scored.nbytes for ids, scored in self.answers)
+        return self.prefix.nbytes + answers + sum(medium.nbytes for medium in self.expansions)
 
     @property
     def size(self) -> RowSize:

@@ -1,8 +1,8 @@
 """Batches for training and for one ordered pass, read with Grain.
 
 The order of training rows is a function of the seed alone: step s holds rows [s B, (s + 1) B) of an endless sequence
-(`buckets.TrainingOrder`) in which every epoch is its own shuffle, and batches run across epoch ends. Process p of n takes rows p, p + n, ... of it. So the rows of a step, and
-the saved state (how many rows are behind us), are the same for any number of processes.
+(`buckets.TrainingOrder`) in which every epoch is its own shuffle, and batches run across epoch ends. Process p of n takes rows p, p + n,
+... of it. So the rows of a step, and the saved state (how many rows are behind us), are the same for any number of processes.
 """
 
 import dataclasses

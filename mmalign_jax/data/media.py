@@ -55,14 +55,13 @@ def feature_indices(expansions: Sequence[Expansion], traits: RowTraits) -> np.nd
 
 def patches(expansions: Sequence[Expansion], traits: RowTraits, *, slots: int, tiles: int, canvas: tuple[int, int]) -> Patches:
     """The patches of all media in order; slots behind them hold no patch."""
-    orders = [medium.order for medium in expansions]
-    frames = orders[0].cell.shape[1] if orders else 1
-    index, place = np.full((slots, frames), -1, np.int32), np.zeros((slots, 2), np.int32)
+    index, place = np.full((slots, traits.patch_depth), -1, np.int32), np.zeros((slots, 2), np.int32)
     grid, segment = np.ones((slots, 2), np.int32), np.full(slots, -1, np.int32)
     extent = np.zeros((tiles, 2), np.int32)
     at = tile = pictures = 0
     rows, columns = (side // traits.patch_size for side in canvas)
-    for medium, order in zip(expansions, orders, strict=True):
+    for medium in expansions:
+        order = medium.grid.order()
         here, held = slice(at, at + len(order.segment)), order.segment >= 0
         cell = order.cell + [tile, 0, 0]
         index[here] = np.where(held[:, None], (cell[..., 0] * rows + cell[..., 1]) * columns + cell[..., 2], -1)

@@ -20,6 +20,10 @@ _QWEN = _LLAMA | {
     "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
     "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
 }  # fmt: skip
+_QWEN_VL = _QWEN | {
+    "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_window_layers": 80,
+}  # fmt: skip
 _GEMMA = _LLAMA | {
     "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
@@ -30,12 +34,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA | {"intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": _QWEN,
-    "qwen2_5_vl_text": _QWEN | {
-        "vocab_size": 152064, "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80, "num_attention_heads": 64,
-        "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
-    },
+    "qwen2_vl_text": _QWEN_VL,
+    "qwen2_5_vl_text": _QWEN_VL,
     "qwen3": _QWEN | {"head_dim": 128},
-    "qwen3_vl_text": _QWEN | {"head_dim": 128, "max_position_embeddings": 128000, "rope_theta": 5e6},
+    "qwen3_vl_text": _QWEN | {"head_dim": 128, "max_position_embeddings": 128000, "rope_theta": 5e5, "sliding_window": None},
     "gemma": _GEMMA | {
         "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 16,
         "attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": None,
@@ -46,7 +48,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6,
     },
 }  # fmt: skip
-_QUERY_BIAS = ("qwen2", "qwen2_5_vl_text")
+# Frequencies that turn with time, row and column where a config leaves mrope_section out.
+_SECTIONS = {"qwen2_vl_text": (16, 24, 24), "qwen2_5_vl_text": (16, 24, 24), "qwen3_vl_text": (24, 20, 20)}
+_QUERY_BIAS = ("qwen2", "qwen2_vl_text", "qwen2_5_vl_text")
 _SANDWICH = ("gemma2", "gemma3_text")
 _QK_NORM = ("qwen3", "qwen3_vl_text", "gemma3_text")
 
@@ -94,7 +98,7 @@ def read_decoder(
         kv_heads=t["num_key_value_heads"] or heads,
         head_width=t.get("head_dim") or t["hidden_size"] // heads,
         norm_eps=t["rms_norm_eps"],
-        rope=_rope(_parameters(t, "full_attention"), t, where),
+        rope=_rope(_parameters(t, "full_attention"), t, where, kind),
         max_positions=t["max_position_embeddings"],
         activation=act,
         tied_head=bool(tied) or bool(values.get("tie_word_embeddings", t["tie_word_embeddings"] if tied is None else False)),
@@ -110,7 +114,7 @@ def read_decoder(
         final_softcap=t["final_logit_softcapping"] if gemma else None,
         sliding_window=window,
         local_layers=local,
-        local_rope=_rope(_local_parameters(t), t, where) if kind == "gemma3_text" else None,
+        local_rope=_rope(_local_parameters(t), t, where, kind) if kind == "gemma3_text" else None,
         bidirectional=bidirectional,
     )
 
@@ -146,9 +150,8 @@ def _local_parameters(t: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": t.get("rope_local_base_freq", 10_000.0), **values}
 
 
-def _rope(scaling: Mapping[str, Any], t: Mapping[str, Any], where: str) -> RopeConfig:
+def _rope(scaling: Mapping[str, Any], t: Mapping[str, Any], where: str, decoder: str) -> RopeConfig:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    sections = tuple(scaling.get("mrope_section") or ())
     # Qwen2-VL's first configs call ordinary frequencies with sections "mrope"
     kind = "default" if kind == "mrope" else kind
     expect(kind, ("default", "linear", "llama3"), "text_config.rope_parameters.rope_type", where)
@@ -159,8 +162,8 @@ def _rope(scaling: Mapping[str, Any], t: Mapping[str, Any], where: str) -> RopeC
         low_freq_factor=float(scaling.get("low_freq_factor", 1.0)),
         high_freq_factor=float(scaling.get("high_freq_factor", 4.0)),
         original_max_positions=int(scaling.get("original_max_position_embeddings", t["max_position_embeddings"])),
-        sections=sections,
-        interleaved=bool(scaling.get("mrope_interleaved", False)),
+        sections=tuple(scaling.get("mrope_section") or _SECTIONS[decoder]) if decoder in _SECTIONS else (),
+        interleaved=decoder == "qwen3_vl_text",
     )
 
 

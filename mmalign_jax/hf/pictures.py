@@ -14,22 +14,10 @@ import transformers
 from jaxtyping import Int32, UInt8
 
 from mmalign_jax.errors import UserError
+from mmalign_jax.hf.patch_order import PatchGrid
 from mmalign_jax.models.config import MllmConfig
 
 Size = tuple[int, int]  # height and width in pixels
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PatchOrder:
-    """The patches of one picture or video in the tower's order, in whole runs of one window; see `types.Patches`.
-
-    `cell`: for each of a patch's frames the tile, row and column that it is cut from. Slots without a patch are -1 everywhere.
-    """
-
-    cell: Int32[np.ndarray, "q C 3"]
-    place: Int32[np.ndarray, "q 2"]
-    grid: Int32[np.ndarray, "q 2"]
-    segment: Int32[np.ndarray, " q"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,7 +30,7 @@ class Expansion:
       tiles: how many of the row's M images it takes.
       canvas: their size in pixels.
       turns: for models with M-RoPE, the time, row and column of each image token, counted from where its run of image tokens starts.
-      order: for towers that take pictures of any size.
+      grid: its patches, for towers that take pictures of any size.
     """
 
     text: str
@@ -50,13 +38,17 @@ class Expansion:
     tiles: int
     canvas: Size
     turns: Int32[np.ndarray, "3 n"] | None = None
-    order: PatchOrder | None = None
+    grid: PatchGrid | None = None
     video: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.text) + self.features.nbytes + (0 if self.turns is None else self.turns.nbytes)
 
     @property
     def slots(self) -> int:
         """Patch slots of the tower that it takes; 0 for tiles."""
-        return 0 if self.order is None else len(self.order.segment)
+        return 0 if self.grid is None else self.grid.slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +59,7 @@ class RowTraits:
       tile_features: features of one tile; 0 where pictures have any size.
       first_feature: features that stand before those of the row's pictures (the newline).
       merge: patches that make one feature, where pictures have any size.
-      patch_size, window_slots: of the tower, where pictures have any size.
+      patch_size, patch_depth: side of a patch, and frames that it spans, where pictures have any size.
       mrope: tokens turn by time, row and column.
       prefix_attends: the row's prefix sees itself in both directions, so no part of an answer may stand in it.
     """
@@ -76,7 +68,7 @@ class RowTraits:
     first_feature: int = 0
     merge: int = 1
     patch_size: int = 1
-    window_slots: int = 1
+    patch_depth: int = 1
     mrope: bool = False
     prefix_attends: bool = False
 
@@ -88,7 +80,7 @@ class RowTraits:
             first_feature=int(config.connector.newline),
             merge=v.merge**2,
             patch_size=v.patch_size,
-            window_slots=v.window_slots,
+            patch_depth=v.frames_per_patch,
             mrope=bool(config.decoder.rope.sections),
             prefix_attends=config.decoder.bidirectional == "prefix",
         )

@@ -43,20 +43,27 @@ class Connector(nn.Module):
         return x
 
     def _merge(self, x: Float[Array, "B Q Z"]) -> Float[Array, "B F U"]:
-        """Squares of patches, which come one behind the other, to one feature each; every tap has a merger of its own."""
-        c, parts = self.config.connector, self.config.feature_parts
-        merged = []
-        for part, features in enumerate(jnp.split(x, parts, axis=-1)):
-            # the merger of the tower's output normalises patches, those of its taps whole squares
-            name = "" if part == 0 else f"tap{part - 1}_"
-            if part == 0:
-                features = _norm(c, "norm")(features)
-            rows, slots, width = features.shape
-            features = mesh.reshape(features, (rows, slots // c.scale**2, width * c.scale**2), *_ROWS, None)
-            if part:
-                features = _norm(c, f"{name}norm")(features)
-            merged.append(_mlp(c, features.shape[-1], self.config.decoder.width, features, name))
+        """Side by side what comes of the tower's output and of each of its taps."""
+        features, *taps = jnp.split(x, self.config.feature_parts, axis=-1)
+        merged = [_Merger(self.config, False, name="merger")(features)]
+        merged += [_Merger(self.config, True, name=f"tap{number}")(tap) for number, tap in enumerate(taps)]
         return jnp.concatenate(merged, axis=-1)
+
+
+class _Merger(nn.Module):
+    """Squares of patches, which come one behind the other, to one feature each."""
+
+    config: MllmConfig
+    norm_squares: bool  # the merger of the tower's output normalises patches, those of its taps whole squares
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B Q Z"]) -> Float[Array, "B F D"]:
+        c, (rows, slots, width) = self.config.connector, x.shape
+        norm = _norm(c, "norm")
+        x = x if self.norm_squares else norm(x)
+        x = mesh.reshape(x, (rows, slots // c.scale**2, width * c.scale**2), *_ROWS, None)
+        x = norm(x) if self.norm_squares else x
+        return _mlp(c, x.shape[-1], self.config.decoder.width, x)
 
 
 def _norm(c: ConnectorConfig, name: str) -> nn.Module:
@@ -68,12 +75,12 @@ def _linear(width: int, bias: bool, x: Float[Array, "B F Z"]) -> Float[Array, "B
     return Linear("bfz,zd->bfd", kernel, ("embed", None), (*_ROWS, None), bias_shape, (None,), name="linear")(x)
 
 
-def _mlp(c: ConnectorConfig, inner: int, width: int, x: Float[Array, "B F Z"], prefix: str = "") -> Float[Array, "B F D"]:
+def _mlp(c: ConnectorConfig, inner: int, width: int, x: Float[Array, "B F Z"]) -> Float[Array, "B F D"]:
     inner_bias, outer_bias = ((inner,), (width,)) if c.bias else ((), ())
     kernel = (x.shape[-1], inner)
-    x = Linear("bfz,zd->bfd", kernel, ("embed", "mlp"), (*_ROWS, "mlp"), inner_bias, ("mlp",), name=f"{prefix}fc1")(x)
+    x = Linear("bfz,zd->bfd", kernel, ("embed", "mlp"), (*_ROWS, "mlp"), inner_bias, ("mlp",), name="fc1")(x)
     x = activation(c.activation)(x)
-    return Linear("bfd,de->bfe", (inner, width), ("mlp", "embed"), (*_ROWS, None), outer_bias, (None,), name=f"{prefix}fc2")(x)
+    return Linear("bfd,de->bfe", (inner, width), ("mlp", "embed"), (*_ROWS, None), outer_bias, (None,), name="fc2")(x)
 
 
 def _grid(config: MllmConfig, x: Float[Array, "B F Z"], scale: int) -> Float[Array, "B M i s j s Z"]:

@@ -19,7 +19,7 @@ CASES = all_cases()
 def runs():
     """All families by all methods; each family's first case with one of the methods is the share that is always run."""
     first, seen = [], set()
-    for number, (name, case) in enumerate(CASES.items()):
+    for number, name in enumerate(CASES):
         family = name.split()[0]
         for place, method in enumerate(METHODS):
             always = family not in seen and place == number % len(METHODS)

@@ -4,11 +4,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmalign_jax.errors import UserError
-from mmalign_jax.hf.families import gemma3, idefics3, internvl, llava, llava_next, llava_next_video, paligemma, smolvlm
+from mmalign_jax.hf.families import (
+    gemma3,
+    idefics3,
+    internvl,
+    llava,
+    llava_next,
+    llava_next_video,
+    paligemma,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+    smolvlm,
+)
 from mmalign_jax.hf.family import Family
 from mmalign_jax.models.config import MllmConfig
 
-_ALL = (llava, llava_next, llava_next_video, idefics3, smolvlm, internvl, gemma3, paligemma)
+_ALL = (llava, llava_next, llava_next_video, idefics3, smolvlm, internvl, gemma3, paligemma, qwen2_vl, qwen2_5_vl, qwen3_vl)
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _ALL}
 
 

@@ -16,7 +16,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from mmalign_jax.types import PreferenceRecord
 
 SPECIALS = ("<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>")
-END_OF_TURN, START_OF_IMAGE, END_OF_IMAGE, IMAGE = 5, 6, 7, 8
+END_OF_TURN, START_OF_IMAGE, END_OF_IMAGE, IMAGE = 6, 7, 8, 9
 
 # The chat template of google/gemma-3-4b-it.
 CHAT_TEMPLATE = """{{ bos_token }}

@@ -1,4 +1,7 @@
-"""Tiny PaliGemma checkpoints: version 1 on Gemma, version 2 on Gemma 2 with soft caps and a window narrower than the prompt."""
+"""Tiny PaliGemma checkpoints: version 1 on Gemma, version 2 on Gemma 2 with soft caps and a window narrower than the prompt.
+
+Version 1 has its image token behind the embedding's rows, version 2 among them.
+"""
 
 import functools
 import io
@@ -19,7 +22,6 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from mmalign_jax.types import PreferenceRecord
 
-IMAGE = 4
 GEMMA = {"model_type": "gemma"}
 GEMMA2 = {
     "model_type": "gemma2", "num_hidden_layers": 4, "sliding_window": 7, "query_pre_attn_scalar": 11, "attn_logit_softcapping": 3.0,
@@ -27,7 +29,7 @@ GEMMA2 = {
 }  # fmt: skip
 
 
-def tiny_config(vocabulary: int, text: dict[str, Any]) -> transformers.PaliGemmaConfig:
+def tiny_config(vocabulary: int, image_token: int, text: dict[str, Any]) -> transformers.PaliGemmaConfig:
     text = {
         "vocab_size": vocabulary, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 512,
@@ -37,14 +39,15 @@ def tiny_config(vocabulary: int, text: dict[str, Any]) -> transformers.PaliGemma
         "image_size": 28, "patch_size": 7, "vision_use_head": False,
     }  # fmt: skip
     return transformers.PaliGemmaConfig(
-        text_config=text, vision_config=vision, image_token_index=IMAGE, projection_dim=24, hidden_size=24, vocab_size=vocabulary,
+        text_config=text, vision_config=vision, image_token_index=image_token, projection_dim=24, hidden_size=24, vocab_size=vocabulary,
         eos_token_id=EOS, bos_token_id=BOS, pad_token_id=PAD,
     )  # fmt: skip
 
 
 def write(directory: pathlib.Path, seed: int, text: dict[str, Any]) -> pathlib.Path:
-    size = write_tokenizer(directory, ("<image>",), {"image_token": "<image>"}, EXTRA_TOKENS)
-    model = randomise(transformers.PaliGemmaForConditionalGeneration(tiny_config(size + 7, text)), seed)
+    size = write_tokenizer(directory, (), {"image_token": "<image>"}, EXTRA_TOKENS, last=("<image>",))
+    vocabulary = size - 1 if text == GEMMA else size + 7
+    model = randomise(transformers.PaliGemmaForConditionalGeneration(tiny_config(vocabulary, size - 1, text)), seed)
     model.generation_config = transformers.GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
     with quiet():
         model.save_pretrained(directory)
