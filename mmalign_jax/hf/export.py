@@ -138,7 +138,7 @@ def _copy_files(base: pathlib.Path, fresh: pathlib.Path, config: MllmConfig, dty
 
 
 def _complete_processor(fresh: pathlib.Path, config: MllmConfig) -> None:
-    """Writes the absent one of two files: transformers 5 writes `processor_config.json`, version 4 and llama.cpp read the other."""
+    """Writes what is absent: transformers 5 writes `processor_config.json` alone, version 4 and llama.cpp read the other files."""
     old, new = fresh / "preprocessor_config.json", fresh / "processor_config.json"
     family = families.of(config)
     if new.is_file() and not old.is_file():
@@ -148,6 +148,9 @@ def _complete_processor(fresh: pathlib.Path, config: MllmConfig) -> None:
     elif old.is_file() and not new.is_file():
         values = {"processor_class": family.processor_class, **family.processor_values(config, _image_token(fresh, config))}
         write_json(new, values | {"image_processor": read_json(old)})
+    videos, values = fresh / "video_preprocessor_config.json", read_json(new) if new.is_file() else {}
+    if not videos.is_file() and isinstance(values.get("video_processor"), dict):
+        write_json(videos, {"processor_class": family.processor_class} | values["video_processor"])
 
 
 def _image_token(fresh: pathlib.Path, config: MllmConfig) -> str:

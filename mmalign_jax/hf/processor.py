@@ -95,8 +95,11 @@ class Processor:
                     parts.append({"type": "text", "text": self._plain(part.text)})
             messages.append({"role": turn.role, "content": parts})
         text = self._template(messages, True)
-        if (found := len(self._placeholders.findall(text))) != placed:
-            raise UserError(f"the chat template wrote {found} image placeholders for {placed} images")
+        written, kinds = self._placeholders.findall(text), (self.pictures.placeholder, self.pictures.video_placeholder)
+        if len(written) != placed:
+            raise UserError(f"the chat template wrote {len(written)} image placeholders for {placed} images")
+        if written != [kinds[number in videos] for number in range(placed)]:
+            raise UserError("the chat template moves pictures before videos, or videos before pictures; give them in its order")
         at = 0
         for turn in turns:
             for part in turn.parts:
@@ -191,8 +194,8 @@ class Processor:
     def _encode_runs(self, text: str) -> np.ndarray:
         """The ids of `_encode`, where thousands of image tokens stand side by side.
 
-        Tokenizers cut a text at its added tokens before they look at what is between. So one token for a run of the same gives the same
-        ids, repeated: 0.1 ms instead of 7 ms for 2,880 tokens.
+        Tokenizers cut a text at its added tokens, from left to right, before they look at what is between. So one token for a run of
+        the same (`_repeatable`) gives the same ids, repeated: in 0.1 ms instead of 7 ms for 2,880 tokens.
         """
         runs: list[int] = []
 
@@ -200,11 +203,10 @@ class Processor:
             runs.append(len(run[0]) // len(run[1]))
             return run[1]
 
-        short = self._image_runs.sub(shorten, text)
-        ids = self._encode(short)[0]
-        (at,) = np.nonzero(np.isin(ids, self.image_token_ids))
+        ids = self._encode(self._run.sub(shorten, text))[0]
+        (at,) = np.nonzero(np.isin(ids, list(self._repeatable)))
         if len(at) != len(runs):
-            # another token took some of the characters: then a run of one is something else than a longer run
+            # an added token that ends within an image token took its characters; of a longer run it would leave the rest
             return self._encode(text)[0]
         counts = np.ones(len(ids), np.int64)
         counts[at] = runs
@@ -233,9 +235,21 @@ class Processor:
         return re.compile("|".join(map(re.escape, known)))
 
     @functools.cached_property
-    def _image_runs(self) -> re.Pattern:
-        tokens = "|".join(map(re.escape, self._tokenizer.convert_ids_to_tokens(list(self.image_token_ids))))
-        return re.compile(rf"({tokens})\1*")
+    def _repeatable(self) -> dict[int, str]:
+        """Image tokens that are cut out wherever they stand: with no regard to what is beside them, and no longer token begins so."""
+        added = self._tokenizer.added_tokens_decoder
+
+        def longer(token: str) -> bool:
+            return any(other.content.startswith(token) and other.content != token for other in added.values())
+
+        tokens = {number: added[number] for number in self.image_token_ids}
+        alone = {number for number, token in tokens.items() if not (token.normalized or token.single_word or longer(token.content))}
+        return {number: tokens[number].content for number in alone}
+
+    @functools.cached_property
+    def _run(self) -> re.Pattern:
+        tokens = "|".join(map(re.escape, self._repeatable.values()))
+        return re.compile(rf"({tokens})\1*" if tokens else "(?!)")
 
     @functools.cached_property
     def _specials(self) -> tuple[str, ...]:

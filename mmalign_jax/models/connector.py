@@ -107,7 +107,11 @@ def _pooled(config: MllmConfig, x: Float[Array, "B G Z"]) -> Float[Array, "B F Z
 
 
 def _with_frames(config: MllmConfig, x: Float[Array, "B G Z"]) -> Float[Array, "B F Z"]:
-    """Every tile's features, and behind them the same pooled by squares, as a frame of a video takes them."""
+    """Every tile's features, and behind them the same pooled by squares, as a frame of a video takes them.
+
+    Which tiles are frames differs from row to row, and shapes do not: so every tile gives both. With squares of 2 x 2 the linears behind
+    this see a quarter more features of pictures and five times those of frames; next to the tower, that is 2 and 7 parts in a hundred.
+    """
     grid = _grid(config, x, config.connector.frame_scale)
     match config.connector.frame_pool:
         case "average":

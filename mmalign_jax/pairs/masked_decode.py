@@ -113,7 +113,10 @@ def _complete(
     features = model.encode_images(params, batch.images, batch.patches)
     row_keys = lane_keys(mask_key, batch.record_key, number, 1)[:, 0]
     keep = jax.vmap(lambda one: jax.random.uniform(one, batch.tokens.shape[1:]) >= rho_th)(row_keys)
-    visible = (batch.image_index < 0) | keep
+    # by the image token's number in its row, so that neither the words around it nor the slots have a say
+    is_image = batch.image_index >= 0
+    ordinal = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
+    visible = ~is_image | jnp.take_along_axis(keep, ordinal, axis=1)
     prefill = model.prefill(params, features, batch, visible)
     keys = lane_keys(sample_key, batch.record_key, number, start.slot.shape[1])
     return decode_lanes(model, params, prefill, batch, start, keys, options, visible)

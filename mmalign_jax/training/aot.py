@@ -122,6 +122,8 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, answers: int)
     answer = config.data.answer_tokens or ANSWER_TOKENS
     lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
     side = sizes.vision.image_size
+    # as many tiles as the prefix has room for beside a prompt
+    tiles = max(1, (prefix - PROMPT_TOKENS) // sizes.image_tokens) if side else 1
 
     def array(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         axes = (None, "batch") + (None,) * len(shape)
@@ -132,7 +134,7 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, answers: int)
         tokens=array(row, jnp.int32),
         role=array(row, jnp.int8),
         positions=array(row, jnp.int32),
-        images=array((1, side, side, 3), jnp.uint8),
+        images=array((tiles, side, side, 3), jnp.uint8),
         image_index=array(row, jnp.int32),
         token_weight=array(row, jnp.float32),
         record_key=array((), jnp.uint32),

@@ -9,6 +9,8 @@ from helpers.commands import ROOT, launch
 from mmalign_jax import config, config_files
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.import_ import read_config
+from mmalign_jax.mesh import make_mesh
+from mmalign_jax.models.presets import preset
 from mmalign_jax.training import aot
 from mmalign_jax.training.aot import compile_step
 
@@ -82,6 +84,12 @@ def test_the_state_is_sharded_and_the_first_moment_may_be_small(replicated, size
     # trainable parameters and two moments in float32 there, 4 + 4 + 2 bytes on an eighth here; norms are small, and the frozen tower is sharded too
     assert replicated.state_bytes / sharded.state_bytes == pytest.approx(8 * 12 / 10, rel=0.1)
     assert sharded.argument_bytes < replicated.argument_bytes / 2
+
+
+def test_a_long_prefix_is_full_of_tiles():
+    mesh, sizes = make_mesh(), preset("llava-1.6-mistral-7b")
+    tiles = lambda **changes: aot._abstract_batch(settings(**changes), sizes, mesh, 2).images.shape[2]  # noqa: E731
+    assert tiles(**{"data.prefix_tokens": 3072}) == 5 and tiles(**{"data.prefix_tokens": 0}) == 1
 
 
 @pytest.mark.parametrize("topology, message", [("h100:8", "is not known; give a chip and its grid"), ("v5e:3x7x2", "such as v5e:8x8")])

@@ -31,6 +31,7 @@ PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
 
 def read(config: Mapping[str, Any], where: str) -> MllmConfig:
+    """Sizes and switches of a LLaVA-NeXT `config.json`; raises UserError that names the key of what is not supported."""
     base = llava.read(config, where)
     # the features of a tile must form a square, so there is no place for a class token
     if base.keep_class_token:

@@ -31,6 +31,7 @@ _STEPS = (
 
 
 def read(config: Mapping[str, Any], where: str) -> MllmConfig:
+    """Sizes and switches of a LLaVA-NeXT-Video `config.json`; raises UserError that names the key of what is not supported."""
     base = llava_next.read({"image_token_index": config.get("image_token_id", IMAGE_TOKEN)} | dict(config), where)
     pool, scale = config.get("spatial_pool_mode", "average"), config.get("spatial_pool_stride", 2)
     decoders.expect(pool, POOLS, "spatial_pool_mode", where)
