@@ -166,7 +166,7 @@ class _Run:
                 shape, patches = bucket.layout, f", {bucket.layout.patch_slots} patches" if bucket.layout.patch_slots else ""
                 self.console.line(
                     f"  {len(bucket.members)} rows of {shape.prefix_slots} + {shape.answers} x {shape.answer_slots} tokens, {shape.images} images"
-                    f"{patches}; {bucket.padding_fraction:.0%} padding"
+                    f" of up to {shape.canvas[0]} x {shape.canvas[1]} pixels{patches}; {bucket.padding_fraction:.0%} padding"
                 )
         for reason in ("dropped_long", "dropped_bad", "shortened_answer"):
             if plan.counts[reason]:

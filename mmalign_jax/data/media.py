@@ -75,7 +75,9 @@ def patches(expansions: Sequence[Expansion], traits: RowTraits, *, slots: int, t
 def rotary_positions(is_image: np.ndarray, expansions: Sequence[Expansion]) -> np.ndarray:
     """int32[3, n]: time, row and column of each token of a prefix (M-RoPE, arXiv 2409.12191).
 
-    Text counts on in all three; a run of image tokens counts from where it starts, and text goes on behind the largest of its numbers.
+    Text counts on in all three; a run of image tokens counts from where it starts, and text goes on behind the largest of its numbers
+    (section 2.1). transformers 5.23 agrees but for Qwen2.5-VL's videos whose last time is larger than their sides: there it counts the
+    rest of the prompt on from the sides, among the times, and what it generates from behind the largest number.
     """
     out = np.zeros((3, len(is_image)), np.int32)
     turns = np.concatenate([np.zeros((3, 0), np.int32), *(medium.turns for medium in expansions)], axis=1)

@@ -111,7 +111,10 @@ def plan_rows(records: Records, processor: RowProcessor, config: DataConfig, *, 
     counts |= collections.Counter(row.policy for row in left_out)
     most = config.buckets or (AUTO_BUCKETS if processor.pictures.needs_size else 1)
     layout_of = lambda some: _layout(some, processor, config, answers, multiple)  # noqa: E731
-    buckets = tuple(split([rows[number][2] for number in kept], answers, most, layout_of))
+    sizes = [rows[number][2] for number in kept]
+    kept_layout = layout_of(sizes)  # without the pictures of the rows that were dropped
+    layout = dataclasses.replace(layout, images=kept_layout.images, canvas=kept_layout.canvas, patch_slots=kept_layout.patch_slots)
+    buckets = tuple(split(sizes, answers, most, layout_of))
     padding = sum(len(bucket.members) * bucket.padding_fraction for bucket in buckets) / len(items)
     known = tuple(tokens[number] for number in kept) if room >= 0 else None
     return RowPlan(layout, np.array(items, np.int32).reshape(-1, 2), counts, tuple(left_out), padding, buckets, known)

@@ -11,9 +11,8 @@ import PIL.Image
 from jaxtyping import Int32, UInt8
 
 from mmalign_jax.errors import UserError
-from mmalign_jax.hf.files import read_json
 from mmalign_jax.hf.patch_order import PatchGrid
-from mmalign_jax.hf.pictures import Expansion, Size, normalisation
+from mmalign_jax.hf.pictures import Expansion, Size, normalisation, video_values
 from mmalign_jax.models.config import VisionConfig
 
 MAX_ASPECT = 200
@@ -78,7 +77,7 @@ class AnySizePictures:
       images: transformers' image processor of Qwen2-VL, on PIL.
       vision: sizes of the tower.
       tokens: the texts of the image token and of the video token.
-      videos: None where the directory describes none.
+      videos: what the family does with videos.
 
     Raises:
       UserError: the processor does not fit the tower, or does not resize.
@@ -139,9 +138,6 @@ def limits(size: Mapping[str, int], what: str) -> tuple[int, int]:
 def video_limits(directory: Path, images: Any, defaults: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[int, int]]:
     """The values of a directory's video processor, and its least and most pixels.
 
-    transformers' own class needs torchvision. It reads the first of these that is there: `video_processor` in processor_config.json,
-    video_preprocessor_config.json, preprocessor_config.json (which is the image processor's, and older directories have nothing else).
-
     Args:
       images: transformers' image processor of the directory.
       defaults: of transformers' class, for keys that are left out.
@@ -149,13 +145,7 @@ def video_limits(directory: Path, images: Any, defaults: Mapping[str, Any]) -> t
     Raises:
       UserError: frames would be normalised or cut differently from pictures, or are not resized.
     """
-    places = (("processor_config.json", "video_processor"), ("video_preprocessor_config.json", None), ("preprocessor_config.json", None))
-    values: Mapping[str, Any] | None = None
-    for name, key in places:
-        if values is None and (directory / name).is_file():
-            found = read_json(directory / name)
-            values = found.get(key) if key else found
-    values = {**defaults, **(values or {})}
+    values = {**defaults, **(video_values(directory) or {})}
     size = dict(values["size"])
     for old, new in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         if values.get(old) is not None:

@@ -14,6 +14,7 @@ import transformers
 from jaxtyping import Int32, UInt8
 
 from mmalign_jax.errors import UserError
+from mmalign_jax.hf.files import read_json
 from mmalign_jax.hf.patch_order import PatchGrid
 from mmalign_jax.models.config import MllmConfig
 
@@ -127,6 +128,20 @@ def load_image_processor(directory: Path) -> Any:
         return transformers.AutoImageProcessor.from_pretrained(directory, backend="pil", trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: the image processor cannot be loaded ({error})") from error
+
+
+def video_values(directory: Path) -> dict[str, Any] | None:
+    """The values of a directory's video processor; None where there are none.
+
+    transformers' own classes need torchvision. They read the first of these that is there: `video_processor` in processor_config.json,
+    video_preprocessor_config.json, preprocessor_config.json (which is the image processor's, and older directories have nothing else).
+    """
+    nested = directory / "processor_config.json"
+    values = read_json(nested).get("video_processor") if nested.is_file() else None
+    for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+        if values is None and (directory / name).is_file():
+            values = read_json(directory / name)
+    return values
 
 
 def normalisation(images: Any) -> tuple[tuple[float, float, float], tuple[float, float, float]]:

@@ -14,6 +14,7 @@ from mmalign_jax.models.attention import packed_mask, softcap
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.connector import Connector
 from mmalign_jax.models.decoder import Decoder, KeyValues, LayerCache, Masks, local_layers
+from mmalign_jax.models.patches import take_patches
 from mmalign_jax.models.vision import VisionTower
 from mmalign_jax.types import PAD, PREFIX, PairBatch, Patches
 
@@ -60,6 +61,9 @@ class Mllm:
     ) -> Float[Array, "B G Z"]:
         """Tower features of each row's images, before the projector. Images are pixels in 0..255."""
         with jax.named_scope("vision_tower"):
+            if patches is not None:
+                # canvases are far larger than what is seen of them, and uint8 so far
+                images = take_patches(images, patches, self.config.vision.patch_size)
             pixels = (images.astype(jnp.float32) / 255.0 - jnp.array(self.pixel_mean)) / jnp.array(self.pixel_std)
             return VisionTower(self.config, self.remat).apply({"params": params["vision_tower"]}, pixels.astype(self.dtype), patches)
 

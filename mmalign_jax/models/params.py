@@ -40,9 +40,8 @@ def abstract_params(config: MllmConfig, dtype: str = "float32") -> dict:
     def build(key: jax.Array) -> dict:
         v, width = config.vision, config.decoder.width
         tower, connector, decoder = VisionTower(config, False), Connector(config), Decoder(config.decoder)
-        side = v.image_size or v.patch_size
-        patches = None if v.image_size else _one_window(v)
-        features, tower_params = tower.init_with_output(key, jnp.zeros((1, 1, side, side, 3)), patches)
+        pixels, patches = (jnp.zeros((1, 1, v.image_size, v.image_size, 3)), None) if v.image_size else _one_window(v)
+        features, tower_params = tower.init_with_output(key, pixels, patches)
         inputs, ids = jnp.zeros((1, 1, width)), jnp.zeros((1, 1), jnp.int32)
 
         def everything(module):
@@ -61,10 +60,11 @@ def abstract_params(config: MllmConfig, dtype: str = "float32") -> dict:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
 
 
-def _one_window(vision: VisionConfig) -> Patches:
+def _one_window(vision: VisionConfig) -> tuple[jax.Array, Patches]:
     slots = vision.window_slots if vision.window else vision.merge**2
     pair = jnp.zeros((1, slots, 2), jnp.int32)
-    return Patches(jnp.zeros((1, slots, vision.frames_per_patch), jnp.int32), pair, pair, pair[..., 0], pair[:, :1])
+    patches = Patches(jnp.zeros((1, slots, vision.frames_per_patch), jnp.int32), pair, pair, pair[..., 0], pair[:, :1])
+    return jnp.zeros((1, slots, vision.frames_per_patch * vision.patch_size**2, 3)), patches
 
 
 def param_shardings(config: MllmConfig, mesh: Mesh) -> dict:

@@ -1,8 +1,8 @@
-"""Pictures of any size as a row of patches (`types.Patches`): embedding, positions and masks (Qwen's towers)."""
+"""Pictures of any size as a row of patches (`types.Patches`): pixels, embedding, positions and masks (Qwen's towers)."""
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, UInt8
 
 from mmalign_jax import mesh
 from mmalign_jax.models.config import VisionConfig
@@ -31,23 +31,29 @@ def window_mask(patches: Patches, slots: int) -> Bool[Array, "B M 1 N"]:
     return mesh.reshape(patches.segment >= 0, (rows, -1, 1, slots), "batch", None, None, None)
 
 
+def take_patches(
+    images: UInt8[Array, "B M Y W 3"] | Float[Array, "B M Y W 3"], patches: Patches, side: int
+) -> UInt8[Array, "B Q P 3"] | Float[Array, "B Q P 3"]:
+    """The pixels of each patch: frame by frame, row by row. Slots without a patch are zeros."""
+    rows, count, height, width, _ = images.shape
+    down, across = height // side, width // side
+    cut = mesh.reshape(images, (rows, count, down, side, across, side, 3), "batch", *(None,) * 6).transpose(0, 1, 2, 4, 3, 5, 6)
+    cut = mesh.reshape(cut, (rows, count * down * across, side * side * 3), "batch", None, None)
+    slots, frames = patches.index.shape[1:]
+    index = mesh.reshape(patches.index, (rows, slots * frames, 1), "batch", None, None)
+    taken = jnp.where(index >= 0, jnp.take_along_axis(cut, jnp.maximum(index, 0), axis=1), 0).astype(images.dtype)
+    return mesh.reshape(taken, (rows, slots, frames * side * side, 3), "batch", None, None, None)
+
+
 class PatchEmbedding(nn.Module):
-    """Patches of pictures to the tower's width, their positions added where the tower has a table of them."""
+    """Patches and their positions as the tower's first hidden states."""
 
     config: VisionConfig
 
     @nn.compact
-    def __call__(self, pixels: Float[Array, "B M Y W 3"], patches: Patches) -> Float[Array, "B Q Z"]:
-        """Cuts canvases into patches, takes those that `patches` names, and embeds them with their positions. No patch is zeros."""
-        v, (rows, count, height, width, _) = self.config, pixels.shape
-        side = v.patch_size
-        down, across = height // side, width // side
-        cut = mesh.reshape(pixels, (rows, count, down, side, across, side, 3), "batch", *(None,) * 6).transpose(0, 1, 2, 4, 3, 5, 6)
-        cut = mesh.reshape(cut, (rows, count * down * across, side * side * 3), "batch", None, None)
-        slots, frames = patches.index.shape[1:]
-        index = mesh.reshape(patches.index, (rows, slots * frames, 1), "batch", None, None)
-        taken = jnp.where(index >= 0, jnp.take_along_axis(cut, jnp.maximum(index, 0), axis=1), 0)
-        taken = mesh.reshape(taken, (rows, slots, frames * side * side * 3), "batch", None, None)
+    def __call__(self, pixels: Float[Array, "B Q P 3"], patches: Patches) -> Float[Array, "B Q Z"]:
+        v, (rows, slots, count, _) = self.config, pixels.shape
+        taken = mesh.reshape(pixels, (rows, slots, count * 3), "batch", None, None)
         bias = (v.width,) if v.patch_bias else ()
         kernel = (taken.shape[-1], v.width)
         x = Linear("bqp,pw->bqw", kernel, (None, "embed"), ("batch", None, None), bias, (None,), name="patch")(taken)

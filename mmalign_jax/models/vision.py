@@ -116,8 +116,14 @@ class VisionTower(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(self, pixels: Float[Array, "B M Y W 3"], patches: Patches | None = None) -> Float[Array, "B F Z"]:
-        """Features of tiles (F = M N) or of patches (F = Q), in order; Z = tower width times the hidden states that are concatenated."""
+    def __call__(
+        self, pixels: Float[Array, "B M Y W 3"] | Float[Array, "B Q P 3"], patches: Patches | None = None
+    ) -> Float[Array, "B F Z"]:
+        """Features of tiles (F = M N) or of patches (F = Q), in order; Z = tower width times the hidden states that are concatenated.
+
+        Args:
+          pixels: tiles, or with `patches` what `take_patches` gives.
+        """
         c, v = self.config, self.config.vision
         if patches is None:
             x = _TileEmbedding(v, name="embedding")(pixels)

@@ -68,14 +68,17 @@ def load(directory: pathlib.Path) -> torch.nn.Module:
     return model
 
 
-class NoVideos:
-    """Stands where a processor wants its video processor, which needs torchvision."""
+class Frames:
+    """Stands where a processor wants its video processor, which needs torchvision: frames on PIL, without crops."""
 
-    num_frames, fps = 1, 1
     model_input_names = ()
 
-    def __call__(self, *args, **kwargs):
-        raise AssertionError("no videos here")
+    def __init__(self, directory: pathlib.Path):
+        self._images = transformers.AutoImageProcessor.from_pretrained(directory, backend="pil")
+
+    def __call__(self, videos: Sequence[Sequence[Image.Image]], **kwargs: Any) -> dict[str, torch.Tensor]:
+        made = [self._images(list(frames), crop_to_patches=False, return_tensors="pt")["pixel_values"] for frames in videos]
+        return {"pixel_values_videos": torch.stack(made)}
 
 
 def processor(kind: type, directory: pathlib.Path, **values: Any) -> Any:
@@ -87,18 +90,21 @@ def processor(kind: type, directory: pathlib.Path, **values: Any) -> Any:
 
 def inputs(made: Any, record: PreferenceRecord) -> Mapping[str, torch.Tensor]:
     """What transformers' processor makes of a record's prompt."""
-    messages, shown = [], []
+    messages, shown = [], {"image": [], "video": []}
     for turn in record.turns:
         content = []
         for part in turn.parts:
             if part.text is None:
-                shown.append(Image.open(io.BytesIO(record.media[part.media].data)))
-                content.append({"type": "image"})
+                medium = record.media[part.media]
+                shown[medium.kind].append([Image.open(io.BytesIO(data)) for data in medium.pictures])
+                content.append({"type": medium.kind})
             else:
                 content.append({"type": "text", "text": part.text})
         messages.append({"role": turn.role, "content": content})
     text = made.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return dict(made(images=[shown] if shown else None, text=[text], return_tensors="pt"))
+    given = {"images": [[picture for (picture,) in shown["image"]]]} if shown["image"] else {}
+    given |= {"videos": shown["video"]} if shown["video"] else {}
+    return dict(made(text=[text], return_tensors="pt", **given))
 
 
 def png(height: int, width: int, seed: int) -> bytes:
@@ -107,9 +113,9 @@ def png(height: int, width: int, seed: int) -> bytes:
     return out.getvalue()
 
 
-def record(name: str, prompt: str, *answers: str, sizes: Sequence[tuple[int, int]] = ()) -> PreferenceRecord:
-    """A record whose pictures are noise of these sizes (height, width)."""
-    media = tuple(Media("image", png(*size, seed=31 * number + size[1])) for number, size in enumerate(sizes))
+def record(name: str, prompt: str, *answers: str, sizes: Sequence[tuple[int, int]] = (), media: Sequence[Media] = ()) -> PreferenceRecord:
+    """A record whose pictures are noise of these sizes (height, width), and stand before `media`."""
+    media = (*(Media("image", png(*size, seed=31 * number + size[1])) for number, size in enumerate(sizes)), *media)
     parts = (*(Part(media=index) for index in range(len(media))), Part(text=prompt))
     return PreferenceRecord(name, media, (Turn("user", parts),), tuple(map(Response, answers)), (Preference(0, 1),))
 
@@ -120,6 +126,12 @@ RECORDS = (
     record("two", "Describe this image in detail.", "A dog sits next to a blue chair.", "A cup.", sizes=[(50, 23), (33, 33)]),
     record("text", "Is there a bird?", "No, there is not any bird!", "Yes, there are two birds."),
     record("high", "Describe?", "A yellow car and three people.", "No.", sizes=[(90, 30)]),
+)
+VIDEO = Media("video", frames=tuple(png(33, 50, seed) for seed in (3, 4, 5)), times=(0.0, 0.5, 1.0))
+VIDEO_RECORDS = (
+    *RECORDS,
+    record("video", "What is in the picture?", "A dog and a cat.", "A red book.", media=[VIDEO]),
+    record("both", "Describe?", "A small tree.", "A car is in the image.", sizes=[(20, 61)], media=[VIDEO]),
 )
 
 

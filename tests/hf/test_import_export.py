@@ -254,8 +254,8 @@ def test_other_models_and_adapters_are_refused(tmp_path):
         read_config(base)
     (base / "adapter_config.json").unlink()
     values = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(values | {"model_type": "llava_next"}))
-    with pytest.raises(UserError, match="model_type is 'llava_next'; supported: llava"):
+    (base / "config.json").write_text(json.dumps(values | {"model_type": "blip-2"}))
+    with pytest.raises(UserError, match="model_type is 'blip-2'; supported: llava"):
         read_config(base)
     (base / "config.json").write_text("{")
     with pytest.raises(DataError, match="config.json: not JSON"):

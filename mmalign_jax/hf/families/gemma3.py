@@ -14,6 +14,7 @@ from mmalign_jax.models.config import ConnectorConfig, MllmConfig
 
 
 def read(config: Mapping[str, Any], where: str) -> MllmConfig:
+    """`Family.read`. A tile's patches are averaged in equal squares, so only some numbers of image tokens are possible."""
     vision = towers.read_tower(config.get("vision_config", {}), where, kinds=("siglip_vision_model",), post_norm=True)
     side, tokens = vision.image_size // vision.patch_size, config.get("mm_tokens_per_image", 256)
     squares = tuple(count * count for count in range(1, side + 1) if side % count == 0)

@@ -13,7 +13,7 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.hf import decoders
 from mmalign_jax.hf.family import Family
 from mmalign_jax.hf.names import HEAD, Entry, NameTable, linear, norm
-from mmalign_jax.hf.pictures import Expansion, Pictures, Size, as_tiles, load_image_processor, normalisation
+from mmalign_jax.hf.pictures import Expansion, Pictures, Size, as_tiles, load_image_processor, normalisation, video_values
 from mmalign_jax.hf.towers import patch_entry
 from mmalign_jax.models.config import ConnectorConfig, MllmConfig, VisionConfig
 
@@ -23,6 +23,8 @@ _TOWER = {
     "intermediate_size": 4096, "hidden_act": "gelu", "norm_type": "layer_norm", "layer_norm_eps": 1e-6, "image_size": (448, 448),
     "patch_size": (14, 14), "num_channels": 3, "use_absolute_position_embeddings": True, "use_mean_pooling": True,
 }  # fmt: skip
+# What a video processor and an image processor do alike
+_STEPS = ("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 _LAYER = "vision.encoder.layer.{}."
 
 PREFIXES = {
@@ -169,7 +171,7 @@ class CroppedTiles:
     overrules it, and so do we.
 
     Args:
-      images: transformers' image processor (GotOcr2's).
+      images, frames: transformers' image processors (GotOcr2's) of pictures and of the frames of videos.
       image_token: stands `tokens` times for a tile.
       side: of a tile, in pixels.
       start, end: stand around a picture's tokens.
@@ -178,12 +180,16 @@ class CroppedTiles:
 
     needs_size = True
 
-    def __init__(self, images: Any, image_token: str, tokens: int, side: int, *, start: str, end: str, video_placeholder: str):
+    def __init__(self, images: Any, frames: Any, image_token: str, tokens: int, side: int, *, start: str, end: str, video_placeholder: str):
         self.placeholder, self.video_placeholder = image_token, video_placeholder
         self.mean, self.std = normalisation(images)
-        self._images, self._tokens, self._side, self._around = images, tokens, side, (start, end)
+        if normalisation(frames) != (self.mean, self.std):
+            raise UserError(f"frames of videos are normalised by {normalisation(frames)}, pictures by {(self.mean, self.std)}")
+        self._images, self._frames = images, frames
+        self._tokens, self._side, self._around = tokens, side, (start, end)
         self.blank = self._expansion(1, self._tile_text(1), video=False)
-        self.pixels([PIL.Image.new("RGB", (8, 8))])  # sizes that do not fit the model show here and not in the first row
+        for times in (None, (0.0,)):
+            self.pixels([PIL.Image.new("RGB", (8, 8))], times)  # sizes that do not fit the model show here and not in the first row
 
     def expand(self, sizes: Sequence[Size], times: Sequence[float] | None = None) -> Expansion:
         if times is not None:
@@ -193,8 +199,9 @@ class CroppedTiles:
         return self._expansion(tiles, self._tile_text(tiles), video=False)
 
     def pixels(self, frames: Sequence[PIL.Image.Image], times: Sequence[float] | None = None) -> UInt8[np.ndarray, "m Y W 3"]:
+        images = self._images if times is None else self._frames
         kwargs = {"do_convert_rgb": True, "do_rescale": False, "do_normalize": False, "crop_to_patches": times is None}
-        made = self._images.preprocess(list(frames), **kwargs)
+        made = images.preprocess(list(frames), **kwargs)
         return as_tiles({"pixel_values": [np.stack(made["pixel_values"])]}, (self._side, self._side))
 
     def _tile_text(self, tiles: int) -> str:
@@ -205,10 +212,22 @@ class CroppedTiles:
         return Expansion(text, np.arange(tiles * self._tokens, dtype=np.int32), tiles, (self._side, self._side), video=video)
 
 
+def _frame_processor(directory: Path, images: Any) -> Any:
+    """The directory's video processor as an image processor with the same values on PIL; that of pictures where there is none."""
+    values = video_values(directory)
+    if values is None:
+        return images
+    if values.get("do_center_crop"):
+        raise UserError(f"{directory}: the video processor's do_center_crop is True; supported: False")
+    return type(images)(**{name: values[name] for name in _STEPS if values.get(name) is not None})
+
+
 def pictures(directory: Path, config: MllmConfig, tokenizer: Any) -> Pictures:
     """The family's pictures."""
+    images = load_image_processor(directory)
     return CroppedTiles(
-        load_image_processor(directory),
+        images,
+        _frame_processor(directory, images),
         tokenizer.convert_ids_to_tokens(config.image_token_id),
         config.image_tokens,
         config.vision.image_size,

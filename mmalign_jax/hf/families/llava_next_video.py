@@ -17,8 +17,7 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.hf import decoders
 from mmalign_jax.hf.families import llava, llava_next
 from mmalign_jax.hf.family import Family
-from mmalign_jax.hf.files import read_json
-from mmalign_jax.hf.pictures import Expansion, Pictures, Size, as_tiles, normalisation
+from mmalign_jax.hf.pictures import Expansion, Pictures, Size, as_tiles, normalisation, video_values
 from mmalign_jax.models.config import MllmConfig
 
 POOLS = ("average", "max")
@@ -87,13 +86,9 @@ def frame_processor(directory: Path) -> Any:
     Raises:
       UserError: there is none, or its values are not those of an image processor.
     """
-    nested, files = directory / "processor_config.json", ("video_preprocessor_config.json", "preprocessor_config.json")
-    values = read_json(nested).get("video_processor") if nested.is_file() else None
+    values = video_values(directory)
     if values is None:
-        file = next((directory / name for name in files if (directory / name).is_file()), None)
-        if file is None:
-            raise UserError(f"{directory}: no video processor; expected processor_config.json with a video_processor, or {files[0]}")
-        values = read_json(file)
+        raise UserError(f"{directory}: no video processor; expected processor_config.json with a video_processor, or video_preprocessor_config.json")
     try:
         return transformers.CLIPImageProcessorPil(**{name: values[name] for name in _STEPS if name in values})
     except (TypeError, ValueError) as error:

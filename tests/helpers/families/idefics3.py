@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 from helpers.families.case import FamilyCase, append_tokens
-from helpers.tile_checkpoints import RECORDS, VOCABULARY, NoVideos, inputs, load, processor, save_random, write_json, write_tokenizer
+from helpers.tile_checkpoints import RECORDS, VOCABULARY, Frames, inputs, load, processor, save_random, write_json, write_tokenizer
 
 # The chat template of HuggingFaceTB/SmolVLM-256M-Instruct.
 TEMPLATE = (
@@ -64,17 +64,16 @@ def theirs(directory: pathlib.Path) -> Any:
         return processor(transformers.Idefics3Processor, directory, image_seq_len=tokens(config))
     # its parts are checked by type, and the type of this one needs torchvision
     kind = type("Processor", (transformers.SmolVLMProcessor,), {"check_argument_for_proper_class": lambda *_: None})
-    return processor(kind, directory, video_processor=NoVideos(), image_seq_len=tokens(config))
+    return processor(kind, directory, video_processor=Frames(directory), image_seq_len=tokens(config))
 
 
 def cases() -> list[FamilyCase]:
-    """SmolVLM and Idefics3; pictures of one tile each; several patches along a feature, another decoder, and a tied head."""
+    """SmolVLM with pictures of several tiles; Idefics3 with one tile each, wider squares of patches, another decoder, and a tied head."""
     variants = {
         "smolvlm": {},
-        "smolvlm without splitting": {"images": {"do_image_splitting": False}},
-        "idefics3 3 x 3 patches a token, tied qwen3": {
+        "idefics3 one tile, 3 x 3 patches a token, tied qwen3": {
             "family": "idefics3", "scale_factor": 3, "tie_word_embeddings": True, "vision": {"image_size": 30, "patch_size": 5},
-            "text": {"model_type": "qwen3", "head_dim": 8},
+            "text": {"model_type": "qwen3", "head_dim": 8}, "images": {"do_image_splitting": False},
         },
     }  # fmt: skip
     return [

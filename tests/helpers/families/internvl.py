@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 from helpers.families.case import FamilyCase, append_tokens
-from helpers.tile_checkpoints import RECORDS, VOCABULARY, NoVideos, inputs, load, processor, save_random, write_json, write_tokenizer
+from helpers.tile_checkpoints import VIDEO_RECORDS, VOCABULARY, Frames, inputs, load, processor, save_random, write_json, write_tokenizer
 
 # The chat template of OpenGVLab/InternVL3-1B-hf.
 TEMPLATE = (
@@ -53,23 +53,20 @@ def theirs(directory: pathlib.Path) -> Any:
     """transformers' processor of a directory."""
     # its parts are checked by type, and the type of the video processor needs torchvision
     kind = type("Processor", (transformers.InternVLProcessor,), {"check_argument_for_proper_class": lambda *_: None})
-    return processor(kind, directory, video_processor=NoVideos(), image_seq_length=4)
+    return processor(kind, directory, video_processor=Frames(directory), image_seq_length=4)
 
 
 def cases() -> list[FamilyCase]:
     """Three decoders, both norms, with and without query and key norms, with and without biases, other layers, one tile a picture."""
     variants = {
         "internvl": {},
-        "internvl rms, query and key norms, tied qwen3": {
+        "internvl rms, query and key norms, layer before the last, tied qwen3": {
             "vision": {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False, "layer_norm_eps": 1e-5},
-            "text": {"model_type": "qwen3", "head_dim": 8}, "tie_word_embeddings": True,
+            "text": {"model_type": "qwen3", "head_dim": 8}, "tie_word_embeddings": True, "vision_feature_layer": -2,
         },
         "internvl last norm, no positions, llama, one tile": {
             "vision": {"use_mean_pooling": False, "use_absolute_position_embeddings": False}, "text": {"model_type": "llama"},
             "images": {"max_patches": 1},
-        },
-        "internvl layer before the last": {
-            "vision_feature_layer": -2, "vision": {"use_mean_pooling": False}, "text": {"model_type": "llama"},
         },
     }  # fmt: skip
     return [
@@ -79,7 +76,7 @@ def cases() -> list[FamilyCase]:
             load=load,
             inputs=lambda directory, record: inputs(theirs(directory), record),
             append=append_tokens,
-            records=RECORDS,
+            records=VIDEO_RECORDS,
         )
         for name, values in variants.items()
     ]
