@@ -1,7 +1,9 @@
 """A few static row shapes instead of one: rows of like size share a layout, and each layout is compiled once."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -37,11 +39,16 @@ def split(sizes: Sequence[RowSize], answers: int, most: int, layout_of: Callable
     # rows of one cost stay together, so that the groups do not depend on the order of the set
     borders = np.unique([np.searchsorted(costs[order], costs[order[border]]) if border < len(sizes) else border for border in borders])
 
-    def slots(start: int, stop: int) -> int:
-        layout = layout_of([sizes[number] for number in order[start:stop]])
-        return (stop - start) * (layout.tokens + layout.patch_slots)
+    # what holds the rows between two neighbouring borders; a group's layout must hold some of these one behind the other
+    pieces = [functools.reduce(_both, (sizes[n] for n in order[i:j])) for i, j in zip(borders[:-1], borders[1:], strict=True)]
 
-    groups = _fewest_slots(borders.tolist(), most, slots)
+    def slots(start: int) -> Iterator[int]:
+        """Slots of the groups that begin with a piece, by where they end."""
+        for stop, size in enumerate(itertools.accumulate(pieces[start:], _both), start + 1):
+            layout = layout_of([size])
+            yield int(borders[stop] - borders[start]) * (layout.tokens + layout.patch_slots)
+
+    groups = [(borders[i], borders[j]) for i, j in _fewest_slots(len(pieces), most, slots)]
     found = []
     for start, stop in groups:
         members = np.sort(order[start:stop])
@@ -55,20 +62,26 @@ def _used(size: RowSize, layout: RowLayout) -> int:
     return size.prefix + sum(min(length, layout.answer_slots) for length in size.answers) + size.patch_slots
 
 
-def _fewest_slots(borders: list[int], most: int, slots: Callable[[int, int], int]) -> list[tuple[int, int]]:
-    """Cuts the range at some of its borders, into at most `most` parts, with the smallest sum of `slots`."""
-    known = {(i, j): slots(borders[i], borders[j]) for j in range(len(borders)) for i in range(j) if most > 1 or (i == 0 and j == len(borders) - 1)}
+def _both(one: RowSize, other: RowSize) -> RowSize:
+    """The size of a row that takes as much as either of two."""
+    canvas = (max(one.canvas[0], other.canvas[0]), max(one.canvas[1], other.canvas[1]))
+    slots, longest = max(one.patch_slots, other.patch_slots), max(one.longest, other.longest)
+    return RowSize(max(one.prefix, other.prefix), max(one.images, other.images), canvas, slots, (longest,), (0,))
+
+
+def _fewest_slots(pieces: int, most: int, slots: Callable[[int], Iterator[int]]) -> list[tuple[int, int]]:
+    """Groups of neighbouring pieces, at most `most` of them, with the smallest sum of `slots`: first and one-past-last piece of each."""
+    known = {(i, j): total for i in range(pieces) for j, total in enumerate(slots(i), i + 1)}
     best: list[dict[int, tuple[int, list[int]]]] = [{0: (0, [0])}]
-    last = len(borders) - 1
-    for _ in range(min(most, last)):
-        here: dict[int, tuple[int, list[int]]] = {}
-        for end in range(1, last + 1):
-            ways = [(total + known[i, end], [*cuts, end]) for i, (total, cuts) in best[-1].items() if i < end and (i, end) in known]
+    for _ in range(min(most, pieces)):
+        here = {}
+        for end in range(1, pieces + 1):
+            ways = [(total + known[i, end], [*cuts, end]) for i, (total, cuts) in best[-1].items() if i < end]
             if ways:
                 here[end] = min(ways)
         best.append(here)
-    _, cuts = min((row[last] for row in best if last in row), key=lambda way: (way[0], len(way[1])))
-    return [(borders[i], borders[j]) for i, j in zip(cuts[:-1], cuts[1:], strict=True)]
+    _, cuts = min((row[pieces] for row in best if pieces in row), key=lambda way: (way[0], len(way[1])))
+    return list(itertools.pairwise(cuts))
 
 
 class TrainingOrder:

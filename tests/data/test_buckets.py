@@ -106,3 +106,28 @@ def test_batches_have_the_shapes_of_their_buckets_and_go_on_after_a_restore():
             np.testing.assert_array_equal(next(again).tokens, batch.tokens)
         mine = [next(half).tokens for half in halves]
         np.testing.assert_array_equal(np.stack(mine, axis=2).reshape(batch.tokens.shape), batch.tokens)
+
+
+def test_what_buckets_of_photographs_of_any_size_waste():
+    """Run with -s to see the table that README quotes: sizes as Qwen2.5-VL's processor resizes them, sides drawn from 256 to 1,024 pixels."""
+    random = np.random.default_rng(0)
+    tokens = []
+    for _ in range(2000):
+        height, width = np.exp(random.uniform(np.log(256), np.log(1024), 2))
+        rows, columns = round(height / 28), round(width / 28)
+        windows = -(-rows // 4) * -(-columns // 4)  # of 4 x 4 squares of 2 x 2 patches
+        words, answers = random.integers(20, 80), random.integers(20, 200, 2)
+        tokens.append(RowSize(rows * columns + int(words), 1, (rows * 28, columns * 28), windows * 64, tuple(map(int, answers)), (0, 0)))
+
+    def layout(sizes):
+        slots = max(s.patch_slots for s in sizes)
+        up = lambda value: -(-value // 8) * 8  # noqa: E731
+        return RowLayout(up(max(s.prefix for s in sizes)), up(max(s.longest for s in sizes)), 2, 1, (4, 6), slots)
+
+    waste = {}
+    for most in (1, 2, 4, 8):
+        found = split(tokens, 2, most, layout)
+        total = sum(len(b.members) * (b.layout.tokens + b.layout.patch_slots) for b in found)
+        waste[most] = sum(b.padding_fraction * len(b.members) * (b.layout.tokens + b.layout.patch_slots) for b in found) / total
+    print(" ".join(f"{most} shapes: {share:.0%} empty" for most, share in waste.items()))
+    assert waste[1] > 0.6 and waste[4] < 0.35 and waste[8] < waste[4] < waste[2] < waste[1]
