@@ -14,6 +14,12 @@ from ml_collections import ConfigDict
 
 from mmalign_jax.errors import UserError
 
+PARTS = ("vision_tower", "projector", "decoder")
+LINEARS = {
+    "attention": ("query", "key", "value", "qkv", "out"),
+    "mlp": ("gate", "up", "down", "fc1", "fc2", "linear"),
+}  # what low-rank factors may stand beside, as the parameter tree calls it
+
 
 def setting(default: Any, *, min: float | None = None, max: float | None = None, above: float | None = None, choices: tuple = (), help: str = ""):
     """A dataclass field with its range: `min <= value <= max`, `value > above`, or one of `choices`."""
@@ -30,8 +36,23 @@ class ModelConfig:
     preset: str = setting("", help="sizes of a known model, for launch/aot_check.py, which needs no weights; see models/presets.py")
     compute_dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on accelerators, float32 on CPU")
     reference_dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="type in which the frozen trees are kept")
-    freeze: tuple[str, ...] = setting(("vision_tower",), help="parts that do not train: vision_tower, projector, decoder")
+    adapter: str = setting("", help="LoRA adapter of model.path in PEFT's form: goes on training, and is part of the reference")
+    freeze: tuple[str, ...] = setting(
+        ("auto",), help="parts whose own weights do not train: vision_tower, projector, decoder. auto: the tower, with LoRA all three"
+    )
     remat: str = setting("none", choices=("none", "full"), help="recompute each layer in the backward pass")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank factors that train in place of the linears they stand beside (arXiv 2106.09685); without dropout."""
+
+    rank: int = setting(0, min=0, help="0: no factors")
+    alpha: float = setting(16.0, above=0.0, help="what the factors add is multiplied by alpha / rank")
+    targets: tuple[str, ...] = setting(
+        ("attention", "mlp"), choices=(*LINEARS, *LINEARS["attention"], *LINEARS["mlp"]), help="linears, alone or as the two groups"
+    )
+    parts: tuple[str, ...] = setting(("decoder",), choices=PARTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +116,9 @@ class OptimizerConfig:
     """AdamW and its learning rate over the steps; see `training.optimizer`."""
 
     learning_rate: float = setting(1e-6, min=0.0)
+    vision_tower_learning_rate: float = setting(0.0, min=0.0, help="of one part, with the same schedule; 0: learning_rate")
+    projector_learning_rate: float = setting(0.0, min=0.0)
+    decoder_learning_rate: float = setting(0.0, min=0.0)
     schedule: str = setting("cosine", choices=("cosine", "linear", "constant"))
     warmup_fraction: float = setting(0.0, min=0.0, max=0.9, help="share of the steps in which the learning rate rises linearly")
     final_fraction: float = setting(0.0, min=0.0, max=1.0, help="what the learning rate ends with, as a share of its peak")
@@ -103,6 +127,11 @@ class OptimizerConfig:
     b2: float = setting(0.999, min=0.0, max=1.0)
     clip_norm: float = setting(1.0, min=0.0, help="0: no clipping")
     moment_dtype: str = setting("float32", choices=("float32", "bfloat16"), help="type of the first moment")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Part -> its own learning rate, 0 where it has that of all."""
+        return {"vision_tower": self.vision_tower_learning_rate, "projector": self.projector_learning_rate, "decoder": self.decoder_learning_rate}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +195,7 @@ class Config:
     """All settings of a command, checked: what `from_mapping` returns and `config.json` holds."""
 
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     scenes: ScenesConfig = ScenesConfig()
     pairs: PairsConfig = PairsConfig()
@@ -200,10 +230,7 @@ def to_mapping(config: Config) -> dict[str, Any]:
 def _check_across(config: Config) -> None:
     if config.train.batch_size % config.train.accumulate:
         raise UserError(f"config.train.accumulate: {config.train.accumulate} does not divide config.train.batch_size = {config.train.batch_size}")
-    if unknown := set(config.model.freeze) - {"vision_tower", "projector", "decoder"}:
-        raise UserError(f"config.model.freeze: unknown part {sorted(unknown)}; the parts are vision_tower, projector, decoder")
-    if len(set(config.model.freeze)) == 3:
-        raise UserError("config.model.freeze: all parts are frozen, nothing would train")
+    _check_parts(config)
     if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.name == "sft":
         raise UserError("config.pairs.when: sft reads no rejected answers, so online pairs have no use; set config.pairs.maker to none")
     if config.pairs.maker == "bdhs" and config.data.on_long_row == "shorten_answer":
@@ -212,6 +239,21 @@ def _check_across(config: Config) -> None:
         raise UserError(f"config.data.path: {config.data.path} would not be read, because config.data.format is scenes; leave one of the two out")
     if config.model.init and config.model.path:
         raise UserError("config.model.path: a run that starts from config.model.init reads no model; leave one of the two empty")
+
+
+def _check_parts(config: Config) -> None:
+    freeze, lora, optimizer = config.model.freeze, config.lora, config.optimizer
+    if freeze != ("auto",):
+        if unknown := set(freeze) - set(PARTS):
+            raise UserError(f"config.model.freeze: unknown part {sorted(unknown)}; the parts are {', '.join(PARTS)}, or auto alone")
+        if len(set(freeze)) == len(PARTS) and not lora.rank and not config.model.adapter:
+            raise UserError("config.model.freeze: all parts are frozen, nothing would train")
+    if lora.rank and not (lora.targets and lora.parts):
+        raise UserError("config.lora: give at least one of lora.targets and one of lora.parts, or lora.rank = 0")
+    if lora.rank and config.model.adapter:
+        raise UserError("config.lora.rank: an adapter that goes on training brings its own rank; leave it 0 or leave config.model.adapter empty")
+    if any(optimizer.rates.values()) and not optimizer.learning_rate:
+        raise UserError("config.optimizer.learning_rate: must be above 0 where parts have learning rates; freeze the parts that shall not train")
 
 
 def _record(cls: type, values: Any, where: str) -> Any:

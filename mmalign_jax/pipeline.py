@@ -66,7 +66,7 @@ def _policy(config: Config, workdir: Path, console: Console) -> Pretrained:
         _first_process_first("initial_model", lambda: path.exists() or write_initial(path, seed=config.train.seed))
     elif not config.model.path:
         raise UserError("config.model.path: give the directory of a Hugging Face model")
-    policy = Pretrained.read(path, mesh, config.model.compute_dtype, remat=config.model.remat == "full")
+    policy = Pretrained.read(path, mesh, config.model.compute_dtype, remat=config.model.remat == "full").adapted(config)
     devices = f"{mesh.size} {jax.devices()[0].device_kind} devices, mesh {dict(mesh.shape)}"
     console.line(f"Model {path}; {devices}, compute {policy.model.dtype}")
     return policy
@@ -101,7 +101,7 @@ class _Run:
         after = self._measure("after", tests, trained.params)
         if c.export.enabled:
             with self.console.phase("Exporting to Hugging Face"):
-                out = export_run(c, self.workdir, self.policy.path, trained.params, c.train.steps, self.workdir / "export")
+                out = export_run(c, self.workdir, self.policy, trained.params, c.train.steps, self.workdir / "export")
             self.console.line(f"Exported to {out}")
         with self.console.phase("Writing the report"):
             scores = world.rows(before, after) if after else []

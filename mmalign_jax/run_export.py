@@ -15,17 +15,18 @@ from mmalign_jax.data.sources.source import MARKER
 from mmalign_jax.errors import UserError
 from mmalign_jax.evaluation.benchmark import rows
 from mmalign_jax.files import read_json, replace_text
+from mmalign_jax.hf.adapters import export_adapter
 from mmalign_jax.hf.export import export
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs.offline import read_offline
 from mmalign_jax.report import model_card
 from mmalign_jax.report.environment import environment
 from mmalign_jax.training.checkpoint import abstract_policy, find_step, restore_params
-from mmalign_jax.training.step import split_params
+from mmalign_jax.training.trainable import Trainable, describe
 
 
-def export_run(config: Config, workdir: Path, base: Path, params: Mapping[str, Any], step: int, out: Path) -> Path:
-    """Writes the parts of `params` that trained over a copy of the base model, and a model card. All processes call it.
+def export_run(config: Config, workdir: Path, policy: Pretrained, params: Mapping[str, Any], step: int, out: Path) -> Path:
+    """Writes what trained of `params` over a copy of the base model, low-rank factors merged, and a model card. All processes call it.
 
     Args:
       workdir: the run's directory; the card tells what it holds: scores, statistics of pairs, counts of records.
@@ -34,15 +35,21 @@ def export_run(config: Config, workdir: Path, base: Path, params: Mapping[str, A
     Raises:
       UserError: see `hf.export.export`.
     """
-    trained = {part: tree for part, tree in params.items() if part not in config.model.freeze}
-    out = export(trained, base, out, dtype=config.export.dtype)
+    rule = Trainable.of(config, policy.sizes)
+    trained, _ = rule.split(params)
+    out = export(trained, policy.path, out, dtype=config.export.dtype, lora=policy.sizes.lora)
     if jax.process_index() == 0:
-        replace_text(out / model_card.FILE, model_card.model_card(config, _facts(config, workdir, base, step)))
+        kept = ", ".join(rule.untouched(policy.sizes))
+        parts = describe(rule, policy.sizes) + (f"; as in the base: {kept}" if kept else "")
+        replace_text(out / model_card.FILE, model_card.model_card(config, _facts(config, workdir, policy.path, step, parts)))
     return out
 
 
-def export_step(workdir: Path, step: int | None, out: Path) -> Path:
+def export_step(workdir: Path, step: int | None, out: Path, *, adapter: bool = False) -> Path:
     """Writes the checkpoint of a step (None: the newest) of the run in `workdir` as a Hugging Face directory.
+
+    Args:
+      adapter: low-rank factors are written as an adapter of the base model, instead of being merged into its weights.
 
     Raises:
       UserError: the directory holds no run or no such checkpoint, or `out` holds something else than an export.
@@ -53,12 +60,15 @@ def export_step(workdir: Path, step: int | None, out: Path) -> Path:
     step = find_step(workdir / "checkpoints", step)
     # the run's mesh is not needed here: a laptop exports what a pod trained
     mesh = mesh_lib.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    policy = Pretrained.read(run_files.base_model(config, workdir), mesh, config.model.compute_dtype)
-    like, _ = split_params(abstract_policy(policy.sizes, policy.mesh), config.model.freeze)
-    return export_run(config, workdir, policy.path, restore_params(workdir / "checkpoints", step, like), step, out)
+    policy = Pretrained.read(run_files.base_model(config, workdir), mesh, config.model.compute_dtype).adapted(config)
+    like, _ = Trainable.of(config, policy.sizes).split(abstract_policy(policy.sizes, policy.mesh))
+    trained = restore_params(workdir / "checkpoints", step, like)
+    if adapter:
+        return export_adapter(trained, policy.sizes, policy.path, out)
+    return export_run(config, workdir, policy, trained, step, out)
 
 
-def _facts(config: Config, workdir: Path, base: Path, step: int) -> model_card.Facts:
+def _facts(config: Config, workdir: Path, base: Path, step: int, trained: str) -> model_card.Facts:
     """What the run's directory and the base model's tell. Parts of a run that were not done leave nothing to tell."""
     card = base / model_card.FILE
     dataset, on_hub = ("the built-in world", False) if config.data.format == "scenes" else _name(Path(config.data.path), "datasets")
@@ -68,6 +78,7 @@ def _facts(config: Config, workdir: Path, base: Path, step: int) -> model_card.F
     return model_card.Facts(
         base="" if config.model.init else _name(base, "models")[0],
         step=step,
+        trained=trained,
         hyperparameters=losses.build(config.objective.name, **config.objective.hyperparameters).hyperparameters,
         licence=model_card.licence_of(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {},
         dataset=dataset,

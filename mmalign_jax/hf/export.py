@@ -1,5 +1,6 @@
 """A parameter tree as a Hugging Face directory that transformers and vLLM load: the base directory with other weights."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,9 @@ from mmalign_jax.hf import families, files, names
 from mmalign_jax.hf.files import read_json, write_bytes, write_json
 from mmalign_jax.hf.import_ import match, read_config
 from mmalign_jax.hf.safetensors_dir import DTYPES, Planned, Tensor, open_weights, write_weights
-from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.models.config import LORA_A, LORA_B, Lora, MllmConfig
+from mmalign_jax.models.lora import is_factor, merged_kernel
+from mmalign_jax.models.tree import split
 
 MARKER = "mmalign_export.json"  # tells a directory that may be overwritten
 _COPIED = (".json", ".jinja", ".txt", ".model")
@@ -27,6 +30,7 @@ def export(
     out: str | pathlib.Path,
     dtype: str = "base",
     shard_bytes: int = 5_000_000_000,
+    lora: Mapping[str, Lora] | None = None,
 ) -> pathlib.Path:
     """Writes `params` over a copy of the base directory and returns the new directory.
 
@@ -41,6 +45,8 @@ def export(
       out: missing, empty, or an earlier export, which is replaced.
       dtype: "base", "float32", "bfloat16" or "float16".
       shard_bytes: largest size of one weight file.
+      lora: the adapters of a tree with low-rank factors, by part (`MllmConfig.lora`). They are added to their kernels in float32; of such a
+        part the tree may hold the factors alone, and the kernels are the base's.
 
     Raises:
       UserError: `out` holds something else, the tree does not fit the base, or a value does not fit the type.
@@ -48,9 +54,9 @@ def export(
     base, out = pathlib.Path(base), pathlib.Path(out).absolute()
     if dtype not in ("base", *_DTYPES):
         raise UserError(f"export dtype {dtype!r} is not one of base, {', '.join(_DTYPES)}")
-    _check_target(base, out)
+    check_target(base, out)
     config = read_config(base)
-    planned = _plan(params, config, base, dtype)
+    planned = _plan(params, config, base, dtype, lora or {})
     write = jax.process_index() == 0
     fresh = files.sibling(out)
     if write:
@@ -64,7 +70,8 @@ def export(
     return out
 
 
-def _check_target(base: pathlib.Path, out: pathlib.Path) -> None:
+def check_target(base: pathlib.Path, out: pathlib.Path) -> None:
+    """Raises UserError unless `out` is missing, empty or an earlier export."""
     if out.resolve() == base.resolve():
         raise UserError(f"{out}: the export would replace the base model; give another directory")
     if out.exists() and not out.is_dir():
@@ -73,27 +80,60 @@ def _check_target(base: pathlib.Path, out: pathlib.Path) -> None:
         raise UserError(f"{out}: holds files that are not an export of mmalign_jax; give an empty or new directory")
 
 
-def _plan(params: Mapping[str, Any], config: MllmConfig, base: pathlib.Path, dtype: str) -> list[Planned]:
+@dataclasses.dataclass(frozen=True)
+class _Changed:
+    """What the tree has for one leaf of the model: the leaf, low-rank factors beside it, or both."""
+
+    entry: names.Entry
+    leaf: Any
+    factors: tuple[Any, Any] | None
+    scale: float
+
+    def values(self, layer: int | None, tensor: Tensor) -> np.ndarray:
+        """In the form of the base's `tensor`."""
+        kernel = self.entry.to_ours(tensor.read()) if self.leaf is None else on_host(self.leaf, layer)
+        if self.factors is not None:
+            kernel = merged_kernel(kernel, *(on_host(factor, layer) for factor in self.factors), self.scale)
+        return self.entry.to_hf(kernel)
+
+
+def _changes(params: Mapping[str, Any], config: MllmConfig, lora: Mapping[str, Lora]) -> list[_Changed]:
+    """Every leaf of the model that is in the tree, or has factors there."""
+    factors, own = split(params, is_factor)
+    found = []
+    for entry in families.of(config).names(config).entries:
+        part, node = entry.path[0], factors
+        for key in entry.path[:-1] if entry.path[-1] == "kernel" else (None,):
+            node = node.get(key, {})
+        leaf = names.leaf_at(own, entry.path) if part in own else None
+        if leaf is not None and tuple(leaf.shape) != entry.leaf_shape:
+            raise UserError(f"parameter {'/'.join(entry.path)} has shape {tuple(leaf.shape)}, the base model asks for {entry.leaf_shape}")
+        if node:
+            found.append(_Changed(entry, leaf, (node[LORA_A], node[LORA_B]), lora[part].scale))
+        elif leaf is not None:
+            found.append(_Changed(entry, leaf, None, 0.0))
+    if 2 * sum(change.factors is not None for change in found) != len(jax.tree.leaves(factors)):
+        raise ValueError("the tree has low-rank factors beside something that is not a kernel of the model")
+    return found
+
+
+def _plan(params: Mapping[str, Any], config: MllmConfig, base: pathlib.Path, dtype: str, lora: Mapping[str, Lora]) -> list[Planned]:
     """Every tensor of the base, leaf by leaf of the tree and then the ones outside it; larger types first, which keeps them aligned."""
     found = match(open_weights(base), config, base)
     planned = []
-    for entry in families.of(config).names(config).entries:
-        if entry.path[0] not in params:
-            continue  # a part that did not train is copied below
-        leaf = names.leaf_at(params, entry.path)
-        if tuple(leaf.shape) != entry.leaf_shape:
-            raise UserError(f"parameter {'/'.join(entry.path)} has shape {tuple(leaf.shape)}, the base model asks for {entry.leaf_shape}")
-        for layer, reduced in enumerate(entry.names):
-            planned.append(_trained(entry, leaf, None if entry.layers is None else layer, *found.pop(reduced), dtype))
+    for change in _changes(params, config, lora):
+        for layer, reduced in enumerate(change.entry.names):
+            planned.append(_trained(change, None if change.entry.layers is None else layer, *found.pop(reduced), dtype))
             if reduced == names.EMBEDDING and config.decoder.tied_head and names.HEAD in found:
-                planned.append(_trained(entry, leaf, None, *found.pop(names.HEAD), dtype))
+                planned.append(_trained(change, None, *found.pop(names.HEAD), dtype))
+    # what is not in the tree did not train
     planned += [_copied(name, tensor, dtype) for name, tensor in found.values()]
     return sorted(planned, key=lambda tensor: -tensor.dtype.itemsize)
 
 
-def _trained(entry: names.Entry, leaf: Any, layer: int | None, name: str, tensor: Tensor, dtype: str) -> Planned:
+def _trained(change: _Changed, layer: int | None, name: str, tensor: Tensor, dtype: str) -> Planned:
     target = tensor.dtype if dtype == "base" else _DTYPES[dtype]
-    return Planned(name, target, tensor.shape, lambda: _cast(entry.to_hf(_on_host(leaf, layer)), target, name))
+    return Planned(name, target, tensor.shape, lambda: _cast(change.values(layer, tensor), target, name))
 
 
 def _copied(name: str, tensor: Tensor, dtype: str) -> Planned:
@@ -103,7 +143,8 @@ def _copied(name: str, tensor: Tensor, dtype: str) -> Planned:
     return Planned(name, target, tensor.shape, lambda: _cast(tensor.read(), target, name))
 
 
-def _on_host(leaf: Any, layer: int | None) -> np.ndarray:
+def on_host(leaf: Any, layer: int | None) -> np.ndarray:
+    """A leaf, or one layer of it, gathered from wherever it lies. All processes must call it."""
     piece = leaf if layer is None else leaf[layer]
     if isinstance(piece, jax.Array) and not piece.is_fully_addressable:
         piece = multihost_utils.process_allgather(piece, tiled=True)

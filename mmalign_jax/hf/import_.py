@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,10 @@ def read_config(directory: str | pathlib.Path) -> MllmConfig:
     """
     directory = pathlib.Path(directory)
     if (directory / "adapter_config.json").exists():
-        raise UserError(f"{directory / 'adapter_config.json'}: the directory holds an adapter; merge it into the weights first")
+        raise UserError(
+            f"{directory / 'adapter_config.json'}: the directory holds an adapter; give its base model as "
+            "config.model.path and the adapter as config.model.adapter, or merge it into the weights first"
+        )
     config = families.read(read_json(directory / "config.json"), where=str(directory / "config.json"))
     if not config.decoder.tied_head:
         return config
@@ -42,7 +45,7 @@ def load_params(
     config: MllmConfig,
     shardings: Mapping | None = None,
     dtype: Any = np.float32,
-    parts: Collection[str] | None = None,
+    wanted: Callable[[names.Path], bool] | None = None,
 ) -> dict:
     """Reads the parameter tree of a model directory. One leaf at a time is whole on the host.
 
@@ -51,7 +54,7 @@ def load_params(
       config: from `read_config`.
       shardings: the tree's shardings (`models.params.param_shardings`); None puts every leaf on the default device.
       dtype: of every leaf.
-      parts: top-level names of the tree (such as "vision_tower"); the values of other parts are not read. None: all.
+      wanted: whether a leaf is read, by its path. None: all.
 
     Raises:
       UserError: a tensor is unknown, missing, there twice, or has another shape or type than the config says.
@@ -62,13 +65,13 @@ def load_params(
     dtype = np.dtype(dtype)
     leaves = {}
     for entry in families.of(config).names(config).entries:
-        if parts is not None and entry.path[0] not in parts:
+        if wanted is not None and not wanted(entry.path):
             continue
         host = np.empty(entry.leaf_shape, dtype)
         for layer, name in enumerate(entry.names):
             target = host if entry.layers is None else host[layer]
             target[...] = entry.to_ours(found[name][1].read())
-        leaves[entry.path] = _place(host, None if shardings is None else names.leaf_at(shardings, entry.path))
+        leaves[entry.path] = place(host, None if shardings is None else names.leaf_at(shardings, entry.path))
     return names.tree(leaves)
 
 
@@ -120,7 +123,8 @@ def _some(listed: list[str], most: int = 4) -> str:
     return ", ".join(listed[:most]) + rest
 
 
-def _place(host: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+def place(host: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """An array of the host in its shards, or on the default device."""
     if sharding is None:
         return jax.device_put(host)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])

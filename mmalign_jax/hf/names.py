@@ -70,6 +70,15 @@ class Entry:
         return array.reshape([self.hf_shape[axis] for axis in self.axes]).transpose(np.argsort(self.axes))
 
 
+# Beginning of a reduced name -> beginning of the name of transformers' module, in most families.
+MEMORY = {
+    "vision.": "model.vision_tower.",
+    "projector.": "model.multi_modal_projector.",
+    "decoder.": "model.language_model.",
+    "head.": "lm_head.",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class NameTable:
     """The names of one model's tensors.
@@ -79,12 +88,14 @@ class NameTable:
       entries: every leaf of the parameter tree.
       behind: tensors of complete checkpoints that no feature and no logit depends on, with their shapes: written to new models.
       unused: whether a reduced name may be in a checkpoint though it is no leaf; exports copy these tensors.
+      memory: beginning of a reduced name -> beginning of its name in transformers' modules, by which adapters call it.
     """
 
     prefixes: Mapping[str, str]
     entries: tuple[Entry, ...]
     behind: tuple[Entry, ...]
     unused: Callable[[str], bool]
+    memory: Mapping[str, str] = dataclasses.field(default_factory=lambda: MEMORY)
 
     def reduce(self, name: str) -> str | None:
         """`part.rest` of a tensor's name in any layout, or None when it belongs to no part of the model."""
@@ -95,6 +106,11 @@ class NameTable:
         """The name of a reduced name in the hub's layout."""
         prefix, found = next((prefix, found) for prefix, found in self.prefixes.items() if reduced.startswith(found))
         return prefix + reduced.removeprefix(found)
+
+    def memory_name(self, reduced: str) -> str:
+        """The name of a reduced name in transformers' modules."""
+        found = max((part for part in self.memory if reduced.startswith(part)), key=len)
+        return self.memory[found] + reduced.removeprefix(found)
 
 
 def tree(leaves: Mapping[Path, object]) -> dict:

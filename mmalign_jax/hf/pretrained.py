@@ -1,29 +1,39 @@
 """A Hugging Face directory as a model that this package runs."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.config import Config
+from mmalign_jax.hf.adapters import import_adapter, with_adapter
 from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.hf.processor import Processor, load_processor
 from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.models.lora import initial_factors
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import param_shardings
+from mmalign_jax.models.tree import LeafPath, split, union
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-    """Where the model is, its definition, processor and mesh: everything but the weights, which are read when they are asked for."""
+    """Where the model is, its definition, processor and mesh: everything but the weights, which are read when they are asked for.
+
+    Args:
+      adapter: directory that low-rank factors are read from; "": new ones are made, from `seed`, where `sizes` has some.
+    """
 
     path: Path
     sizes: MllmConfig
     model: Mllm
     processor: Processor
     mesh: Mesh
+    adapter: str = ""
+    seed: int = 0
 
     @classmethod
     def read(cls, path: Path, mesh: Mesh, compute_dtype: str = "auto", *, remat: bool = False) -> "Pretrained":
@@ -41,6 +51,24 @@ class Pretrained:
         dtype = mesh_lib.compute_dtype(compute_dtype, jax.default_backend())
         return cls(path, sizes, Mllm(sizes, processor.mean, processor.std, dtype, remat=remat), processor, mesh)
 
-    def params(self, dtype: str = "float32", parts: Collection[str] | None = None) -> dict:
-        """The parameter tree, in its shards; only these parts of it, where they are named."""
-        return load_params(self.path, self.sizes, param_shardings(self.sizes, self.mesh), dtype, parts)
+    def adapted(self, config: Config) -> "Pretrained":
+        """The model with the adapter that a run asks for, if it does.
+
+        Raises:
+          UserError: see `adapters.with_adapter`.
+        """
+        sizes = with_adapter(config, self.sizes)
+        model = dataclasses.replace(self.model, config=sizes)
+        return dataclasses.replace(self, sizes=sizes, model=model, adapter=config.model.adapter, seed=config.train.seed)
+
+    def params(self, dtype: str = "float32", wanted: Callable[[LeafPath], bool] = lambda path: True) -> dict:
+        """The parameter tree, in its shards; only the leaves whose path is wanted."""
+        shardings = param_shardings(self.sizes, self.mesh)
+        base = load_params(self.path, self.sizes, shardings, dtype, wanted)
+        if not self.sizes.lora:
+            return base
+        if self.adapter:
+            factors = import_adapter(self.adapter, self.sizes, shardings, dtype)
+        else:
+            factors = initial_factors(self.sizes, self.seed, shardings, dtype)
+        return union(base, split(factors, wanted)[0])

@@ -9,6 +9,14 @@ from mmalign_jax.hf.names import HEAD, Entry, NameTable, linear, norm
 from mmalign_jax.models.config import ConnectorConfig, DecoderConfig, MllmConfig, VisionConfig
 
 EPS = 1e-6  # of every norm of the towers, in no config
+# transformers' module names, see `NameTable.memory`
+MEMORY = {
+    "projector.": "model.visual.merger.",
+    "projector.deepstack_merger_list.": "model.visual.deepstack_merger_list.",
+    "vision.": "model.visual.",
+    "decoder.": "model.language_model.",
+    "head.": "lm_head.",
+}
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 
 
@@ -88,7 +96,7 @@ def name_table(config: MllmConfig, prefixes: Mapping[str, str], mlp: Mapping[str
     v, names = config.vision, ("projector.", *(f"projector.deepstack_merger_list.{tap}." for tap in range(len(config.vision.taps))))
     mergers = [_merger(config, part, name, merger) for part, name in enumerate(names)]
     entries = (*_tower_entries(v, mlp), *(entry for part in mergers for entry in part), *decoders.decoder_entries(config.decoder))
-    return NameTable(prefixes, entries, (), unused)
+    return NameTable(prefixes, entries, (), unused, MEMORY)
 
 
 def _tower_entries(v: VisionConfig, mlp: Mapping[str, str]) -> tuple[Entry, ...]:

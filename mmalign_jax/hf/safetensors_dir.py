@@ -58,7 +58,7 @@ def open_weights(directory: pathlib.Path) -> dict[str, Tensor]:
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory; expected a Hugging Face model directory")
     if (directory / SINGLE).is_file():
-        return _open_file(directory / SINGLE)
+        return open_file(directory / SINGLE)
     if not (directory / INDEX).is_file():
         wanted = f"expected {SINGLE}, or {INDEX} and its shards"
         pickles = sorted(file.name for file in directory.iterdir() if file.suffix in PICKLES)
@@ -69,7 +69,7 @@ def open_weights(directory: pathlib.Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(listed.values())):
         file = directory / shard
-        found = _open_file(file)
+        found = open_file(file)
         expected = {name for name, name_shard in listed.items() if name_shard == shard}
         if odd := sorted(found.keys() ^ expected):
             where = "is listed for this file but not in it" if odd[0] in expected else "is in this file but not listed for it"
@@ -95,7 +95,12 @@ def _read_index(file: pathlib.Path) -> dict[str, str]:
     return listed
 
 
-def _open_file(file: pathlib.Path) -> dict[str, Tensor]:
+def open_file(file: pathlib.Path) -> dict[str, Tensor]:
+    """Every tensor of one file, by name.
+
+    Raises:
+      DataError: the file is missing, truncated or corrupt, or holds a type of numbers that is not known here.
+    """
     if not file.is_file():
         raise DataError("the file is missing", file=str(file), mend=_MEND)
     try:
@@ -146,7 +151,7 @@ def write_weights(directory: pathlib.Path, planned: Sequence[Planned], shard_byt
     files = [SINGLE] if one else [f"model-{k:05}-of-{len(shards):05}.safetensors" for k in range(1, len(shards) + 1)]
     for file, tensors in zip(files, shards, strict=True):
         if write:
-            _write_file(directory / file, tensors)
+            write_file(directory / file, tensors)
         else:
             for tensor in tensors:
                 tensor.values()
@@ -158,7 +163,8 @@ def write_weights(directory: pathlib.Path, planned: Sequence[Planned], shard_byt
         write_json(directory / INDEX, index)
 
 
-def _write_file(file: pathlib.Path, tensors: Sequence[Planned]) -> None:
+def write_file(file: pathlib.Path, tensors: Sequence[Planned]) -> None:
+    """Writes tensors in their order, one in memory at a time."""
     header: dict[str, Mapping] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:

@@ -1,6 +1,30 @@
 """Sizes and switches of a model. `hf/families/` reads them from a `config.json`; nothing here knows a family by name."""
 
 import dataclasses
+from collections.abc import Mapping
+
+LORA_A, LORA_B = "lora_a", "lora_b"  # leaves beside a kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank factors beside the linears of one part (LoRA, arXiv 2106.09685, equation 3): x W + alpha / rank (x A) B.
+
+    Args:
+      rank: columns of A and rows of B.
+      targets: names of the linears in the parameter tree, such as "query" or "down".
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def adapts(self, linear: str) -> bool:
+        return linear in self.targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +61,7 @@ class DecoderConfig:
       local_layers: which layers the window is for; () is all of them.
       local_rope: rotary positions of these layers, where they differ.
       bidirectional: what is not causal: "none", "image" (tokens of one image see each other) or "prefix" (images and prompt do).
+      lora: factors that the linears have besides. So in the other parts.
     """
 
     vocab_size: int
@@ -65,6 +90,7 @@ class DecoderConfig:
     local_layers: tuple[bool, ...] = ()
     local_rope: RopeConfig | None = None
     bidirectional: str = "none"
+    lora: Lora | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +146,7 @@ class VisionConfig:
     full_layers: tuple[int, ...] = ()
     merge: int = 1
     taps: tuple[int, ...] = ()
+    lora: Lora | None = None
 
     @property
     def patches(self) -> int:
@@ -157,6 +184,7 @@ class ConnectorConfig:
     newline: bool = False
     frame_pool: str = ""
     frame_scale: int = 2
+    lora: Lora | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,3 +230,18 @@ class MllmConfig:
     def feature_parts(self) -> int:
         """Decoder inputs that one image feature holds side by side: its own, and one for each tap of the tower."""
         return 1 + len(self.vision.taps)
+
+    @property
+    def lora(self) -> dict[str, Lora]:
+        """The adapters, by part of the parameter tree."""
+        parts = {"vision_tower": self.vision.lora, "projector": self.connector.lora, "decoder": self.decoder.lora}
+        return {part: lora for part, lora in parts.items() if lora is not None}
+
+    def with_lora(self, lora: Mapping[str, Lora]) -> "MllmConfig":
+        """The same model with these adapters, by part, and no others."""
+        return dataclasses.replace(
+            self,
+            vision=dataclasses.replace(self.vision, lora=lora.get("vision_tower")),
+            connector=dataclasses.replace(self.connector, lora=lora.get("projector")),
+            decoder=dataclasses.replace(self.decoder, lora=lora.get("decoder")),
+        )

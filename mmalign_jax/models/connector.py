@@ -25,13 +25,13 @@ class Connector(nn.Module):
             case "mlp":
                 x = _mlp(c, width, width, x)
             case "linear":
-                x = _linear(width, c.bias, x)
+                x = _linear(c, width, x)
             case "shuffle":
-                x = _linear(width, c.bias, _squares(self.config, x))
+                x = _linear(c, width, _squares(self.config, x))
             case "shuffle_mlp":
                 x = _mlp(c, width, width, _norm(c, "norm")(_squares(self.config, x)))
             case "pool":
-                x = _linear(width, c.bias, RMSNorm(c.norm_eps, offset=True, name="norm")(_pooled(self.config, x)))
+                x = _linear(c, width, RMSNorm(c.norm_eps, offset=True, name="norm")(_pooled(self.config, x)))
             case "merger":
                 x = self._merge(x)
             case _:
@@ -70,17 +70,17 @@ def _norm(c: ConnectorConfig, name: str) -> nn.Module:
     return RMSNorm(c.norm_eps, name=name) if c.norm == "rms" else LayerNorm(c.norm_eps, name=name)
 
 
-def _linear(width: int, bias: bool, x: Float[Array, "B F Z"]) -> Float[Array, "B F D"]:
-    kernel, bias_shape = (x.shape[-1], width), (width,) if bias else ()
-    return Linear("bfz,zd->bfd", kernel, ("embed", None), (*_ROWS, None), bias_shape, (None,), name="linear")(x)
+def _linear(c: ConnectorConfig, width: int, x: Float[Array, "B F Z"]) -> Float[Array, "B F D"]:
+    kernel, bias_shape = (x.shape[-1], width), (width,) if c.bias else ()
+    return Linear("bfz,zd->bfd", kernel, ("embed", None), (*_ROWS, None), bias_shape, (None,), c.lora, name="linear")(x)
 
 
 def _mlp(c: ConnectorConfig, inner: int, width: int, x: Float[Array, "B F Z"]) -> Float[Array, "B F D"]:
     inner_bias, outer_bias = ((inner,), (width,)) if c.bias else ((), ())
     kernel = (x.shape[-1], inner)
-    x = Linear("bfz,zd->bfd", kernel, ("embed", "mlp"), (*_ROWS, "mlp"), inner_bias, ("mlp",), name="fc1")(x)
+    x = Linear("bfz,zd->bfd", kernel, ("embed", "mlp"), (*_ROWS, "mlp"), inner_bias, ("mlp",), c.lora, name="fc1")(x)
     x = activation(c.activation)(x)
-    return Linear("bfd,de->bfe", (inner, width), ("mlp", "embed"), (*_ROWS, None), outer_bias, (None,), name="fc2")(x)
+    return Linear("bfd,de->bfe", (inner, width), ("mlp", "embed"), (*_ROWS, None), outer_bias, (None,), c.lora, name="fc2")(x)
 
 
 def _grid(config: MllmConfig, x: Float[Array, "B F Z"], scale: int) -> Float[Array, "B M i s j s Z"]:

@@ -90,7 +90,7 @@ class _Attention(nn.Module):
         def project(name: str, heads: int, axis: str) -> Array:
             bias = (heads, c.head_width) if c.attention_bias else ()
             shape, kernel_axes, out_axes = (c.width, heads, c.head_width), ("embed", axis, None), ("batch", None, axis, None)
-            return Linear("btd,dhe->bthe", shape, kernel_axes, out_axes, bias, (axis, None), name=name)(x)
+            return Linear("btd,dhe->bthe", shape, kernel_axes, out_axes, bias, (axis, None), c.lora, name=name)(x)
 
         query, key, value = project("query", c.heads, "heads"), project("key", c.kv_heads, "kv_heads"), project("value", c.kv_heads, "kv_heads")
         if c.qk_norm:
@@ -112,7 +112,7 @@ class _Attention(nn.Module):
             mixed = attend(c, query, new.key, new.value, mask)
         bias = (c.width,) if c.out_bias else ()
         shape, kernel_axes = (c.heads, c.head_width, c.width), ("heads", None, "embed")
-        return Linear("bthe,hed->btd", shape, kernel_axes, ("batch", None, None), bias, (None,), name="out")(mixed), new
+        return Linear("bthe,hed->btd", shape, kernel_axes, ("batch", None, None), bias, (None,), c.lora, name="out")(mixed), new
 
 
 def _put(tail: Float[Array, "B S X G E"], new: Float[Array, "B S G E"], index: Int[Array, ""]) -> Float[Array, "B S X G E"]:
@@ -128,10 +128,11 @@ class _Mlp(nn.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         c = self.config
         inner_bias, outer_bias = ((c.mlp_width,), (c.width,)) if c.mlp_bias else ((), ())
-        up_args = ("btd,df->btf", (c.width, c.mlp_width), ("embed", "mlp"), ("batch", None, "mlp"), inner_bias, ("mlp",))
+        up_args = ("btd,df->btf", (c.width, c.mlp_width), ("embed", "mlp"), ("batch", None, "mlp"), inner_bias, ("mlp",), c.lora)
         gate = activation(c.activation)(Linear(*up_args, name="gate")(x))
         x = gate * Linear(*up_args, name="up")(x)
-        return Linear("btf,fd->btd", (c.mlp_width, c.width), ("mlp", "embed"), ("batch", None, None), outer_bias, (None,), name="down")(x)
+        down_args = ("btf,fd->btd", (c.mlp_width, c.width), ("mlp", "embed"), ("batch", None, None), outer_bias, (None,), c.lora)
+        return Linear(*down_args, name="down")(x)
 
 
 class _Block(nn.Module):

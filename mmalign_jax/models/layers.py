@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mmalign_jax import mesh
+from mmalign_jax.models.config import LORA_A, LORA_B, Lora
 
 Init = Callable[..., Array]
 _INIT = nn.initializers.normal(0.02)  # only for shapes: weights always come from a checkpoint directory
@@ -23,7 +24,10 @@ def gathered(weight: Array, dtype: jnp.dtype, *axes: str | None) -> Array:
 
 
 class Linear(nn.Module):
-    """`einsum(equation, x, kernel) + bias`. `kernel_axes` name the kernel's dimensions, `out_axes` the result's."""
+    """`einsum(equation, x, kernel) + bias`, and low-rank factors besides where `lora` wants them for a linear of this name.
+
+    `kernel_axes` name the kernel's dimensions, `out_axes` the result's.
+    """
 
     equation: str
     shape: tuple[int, ...]
@@ -31,15 +35,32 @@ class Linear(nn.Module):
     out_axes: tuple[str | None, ...]
     bias_shape: tuple[int, ...] = ()
     bias_axes: tuple[str | None, ...] = ()
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = gathered(self.param("kernel", _INIT, self.shape), x.dtype, *self.kernel_axes)
         y = jnp.einsum(self.equation, x, kernel, out_sharding=mesh.out_sharding(*self.out_axes))
+        if self.lora is not None and self.lora.adapts(self.name):
+            y = y + self._low_rank(x, self.lora)
         if self.bias_shape:
             bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
             y = y + gathered(bias, x.dtype, *self.bias_axes)
         return y
+
+    def _low_rank(self, x: Array, lora: Lora) -> Array:
+        """scale (x A) B, with A `[*ins, R]` and B `[R, *outs]` where the kernel is `[*ins, *outs]`."""
+        given, result = self.equation.split("->")
+        letters, kernel = given.split(",")
+        count = sum(letter not in result for letter in kernel)
+        rows = "".join(letter for letter in letters if letter in result)
+        row_axes = (self.out_axes[result.index(letter)] for letter in rows)
+        first = self.param(LORA_A, _INIT, (*self.shape[:count], lora.rank))
+        second = self.param(LORA_B, nn.initializers.zeros, (lora.rank, *self.shape[count:]))
+        first = gathered(first, x.dtype, *self.kernel_axes[:count], None)
+        second = gathered(second, x.dtype, None, *self.kernel_axes[count:])
+        low = jnp.einsum(f"{letters},{kernel[:count]}R->{rows}R", x, first, out_sharding=mesh.out_sharding(*row_axes, None))
+        return jnp.einsum(f"{rows}R,R{kernel[count:]}->{result}", low * lora.scale, second, out_sharding=mesh.out_sharding(*self.out_axes))
 
 
 class Embed(nn.Module):

@@ -56,6 +56,10 @@ class Mllm:
     dtype: str = "float32"
     remat: bool = False
 
+    def without_adapter(self) -> "Mllm":
+        """The model that reads no low-rank factors, whether there are some in a tree or not."""
+        return dataclasses.replace(self, config=self.config.with_lora({}))
+
     def tower(
         self, params: dict, images: UInt8[Array, "B M Y W 3"] | Float[Array, "B M Y W 3"], patches: Patches | None = None
     ) -> Float[Array, "B G Z"]:

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.errors import UserError
-from mmalign_jax.models.config import MllmConfig, VisionConfig
+from mmalign_jax.models.config import LORA_A, LORA_B, MllmConfig, VisionConfig
 from mmalign_jax.models.connector import Connector
 from mmalign_jax.models.decoder import Decoder, Masks
 from mmalign_jax.models.vision import VisionTower
@@ -85,13 +85,25 @@ def param_shardings(config: MllmConfig, mesh: Mesh) -> dict:
 
     def leaf(path, shape: jax.ShapeDtypeStruct) -> NamedSharding:
         names = tuple(key.key for key in path)
-        axes = _AXES.get(names[-2:], ())
+        axes = _axes(*names[-2:])
         axes = (None,) * (len(shape.shape) - len(axes)) + axes
         wanted = mesh_lib.spec(*axes)
         fits = [axis if size % _ways(mesh, axis) == 0 else None for size, axis in zip(shape.shape, wanted, strict=True)]
         return NamedSharding(mesh, P(*fits))
 
     return jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
+
+
+def _axes(parent: str, leaf: str) -> tuple[str | None, ...]:
+    """Logical axes of a leaf. Low-rank factors have those of the kernel's inputs or outputs; where `fsdp` has no part in these, it splits
+    the rank.
+    """
+    if leaf not in (LORA_A, LORA_B):
+        return _AXES.get((parent, leaf), ())
+    kernel, inputs = _AXES.get((parent, "kernel"), ()), 2 if parent == "out" else 1
+    side = kernel[:inputs] if leaf == LORA_A else kernel[inputs:]
+    rank = None if "embed" in side else "embed"
+    return (*side, rank) if leaf == LORA_A else (rank, *side)
 
 
 def _ways(mesh: Mesh, axis: str | tuple[str, ...] | None) -> int:

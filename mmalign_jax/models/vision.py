@@ -38,12 +38,12 @@ class _Attention(nn.Module):
 
         def project(name: str) -> Array:
             bias, shape = (heads, head) if c.attention_bias else (), (c.width, heads, head)
-            return Linear("bmnw,whe->bmnhe", shape, ("embed", "heads", None), out_axes, bias, ("heads", None), name=name)(x)
+            return Linear("bmnw,whe->bmnhe", shape, ("embed", "heads", None), out_axes, bias, ("heads", None), c.lora, name=name)(x)
 
         if c.fused_qkv:
             bias = (3, heads, head) if c.attention_bias else ()
             shape, axes = (c.width, 3, heads, head), ("embed", None, "heads", None)
-            qkv = Linear("bmnw,wshe->bmnshe", shape, axes, (*_ROWS, None, "heads", None), bias, axes[1:], name="qkv")(x)
+            qkv = Linear("bmnw,wshe->bmnshe", shape, axes, (*_ROWS, None, "heads", None), bias, axes[1:], c.lora, name="qkv")(x)
             query, key, value = (qkv[..., index, :, :] for index in range(3))
         else:
             query, key, value = project("query"), project("key"), project("value")
@@ -53,7 +53,7 @@ class _Attention(nn.Module):
             mixed = _attend(query, key, value, None)
         else:
             mixed = self._of_pictures(query, key, value, full, patches)
-        out_args = ((heads, head, c.width), ("heads", None, "embed"), (*_ROWS, None), (c.width,), (None,))
+        out_args = ((heads, head, c.width), ("heads", None, "embed"), (*_ROWS, None), (c.width,), (None,), c.lora)
         return Linear("bmnhe,hew->bmnw", *out_args, name="out")(mixed)
 
     def _of_pictures(self, query: Array, key: Array, value: Array, full: Bool[Array, ""], patches: Patches) -> Array:
@@ -86,11 +86,12 @@ class _Mlp(nn.Module):
     def __call__(self, x: Float[Array, "B M N Z"]) -> Float[Array, "B M N Z"]:
         c, width, inner = self.config, self.config.width, self.config.mlp_width
         inner_bias, outer_bias = ((inner,), (width,)) if c.mlp_bias else ((), ())
-        up_args = ("bmnw,wf->bmnf", (width, inner), ("embed", "mlp"), (*_ROWS, "mlp"), inner_bias, ("mlp",))
+        up_args = ("bmnw,wf->bmnf", (width, inner), ("embed", "mlp"), (*_ROWS, "mlp"), inner_bias, ("mlp",), c.lora)
         up = Linear(*up_args, name="up")(x)
         act = activation(c.activation)
         up = act(Linear(*up_args, name="gate")(x)) * up if c.gated else act(up)
-        return Linear("bmnf,fw->bmnw", (inner, width), ("mlp", "embed"), (*_ROWS, None), outer_bias, (None,), name="down")(up)
+        down_args = ("bmnf,fw->bmnw", (inner, width), ("mlp", "embed"), (*_ROWS, None), outer_bias, (None,), c.lora)
+        return Linear(*down_args, name="down")(up)
 
 
 class _Block(nn.Module):

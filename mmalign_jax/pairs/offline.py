@@ -95,7 +95,8 @@ def identity(policy: Pretrained, records: builder.RecordSource, config: Config) 
     """
     settings = {name: value for name, value in dataclasses.asdict(config.pairs).items() if name not in _NO_MATTER}
     limits = {name: getattr(config.data, name) for name in _MATTER}
-    parts = [VERSION, _model_files(policy.path), policy.model.dtype, records.prepared.fingerprint, settings, limits]
+    files = _model_files(policy.path) + (_model_files(Path(policy.adapter)) if policy.adapter else [])
+    parts = [VERSION, files, policy.model.dtype, records.prepared.fingerprint, settings, limits]
     return json.dumps(parts, sort_keys=True)
 
 

@@ -12,7 +12,6 @@ from mmalign_jax.report.records import ScoreRow, score_cells
 FILE = "README.md"
 PACKAGE = "mmalign_jax"
 _PAPERS = {"dpo": "2305.18290", "mdpo": "2406.11839", "simpo": "2405.14734", "bdhs": "2407.02477"}
-_PARTS = ("vision_tower", "projector", "decoder")
 _LICENCE = ("license", "license_name", "license_link")
 _BDHS = ("rho_th", "n_iter", "eps", "temperature", "top_p", "max_sentence_tokens", "yes_no_swap", "per_sentence", "similarity", "seed")
 _MOST_FRONT_MATTER = 1 << 16  # characters
@@ -39,12 +38,14 @@ class Facts:
       pairs: what became of the records that pairs were made from, such as `{"pairs": 290, "unchanged": 10}`.
       hyperparameters: all of the objective.
       step: after which the exported weights were taken.
+      trained: which parts were trained, and which were not, in words.
       scores: of the weights after `Config.train.steps` steps, beside those of the base; empty when nothing was measured.
       environment: names and versions, see `environment.environment`.
     """
 
     base: str
     step: int
+    trained: str
     hyperparameters: Mapping[str, float]
     licence: Mapping[str, str | list[str]] = dataclasses.field(default_factory=dict)
     dataset: str = ""
@@ -109,7 +110,6 @@ def _front_matter(config: Config, facts: Facts) -> dict[str, object]:
 
 def _training(config: Config, facts: Facts) -> list[tuple[str, str]]:
     train, optimizer = config.train, config.optimizer
-    trained = [part for part in _PARTS if part not in config.model.freeze]
     of_all = "" if facts.step == train.steps else f" of the run's {train.steps}"
     rate = f"{optimizer.learning_rate:g}, {optimizer.schedule}"
     if optimizer.warmup_fraction:
@@ -123,7 +123,7 @@ def _training(config: Config, facts: Facts) -> list[tuple[str, str]]:
         ("steps", f"{facts.step}{of_all}, of {train.batch_size} rows each"),
         ("learning rate", rate),
         ("optimizer", f"AdamW, b1 {optimizer.b1:g}, b2 {optimizer.b2:g}, weight decay {optimizer.weight_decay:g}; {clip}"),
-        ("trained parts", ", ".join(trained) + (f"; as in the base: {', '.join(config.model.freeze)}" if config.model.freeze else "")),
+        ("trained parts", facts.trained),
         ("seed", str(train.seed)),
         ("data", _data(config, facts)),
     ]

@@ -14,11 +14,14 @@ from mmalign_jax import losses
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import Config
 from mmalign_jax.errors import UserError
+from mmalign_jax.hf.adapters import with_adapter
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import abstract_params, param_shardings
+from mmalign_jax.models.tree import split
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
-from mmalign_jax.training.step import LossFunction, make_train_step, split_params
+from mmalign_jax.training.step import LossFunction, make_train_step
+from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import PairBatch, TrainState
 
 GIB = 2**30
@@ -54,6 +57,7 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
     """
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=_devices(topology, slices))
     mesh_lib.check_batch(mesh, config.train.batch_size // config.train.accumulate)
+    sizes = with_adapter(config, sizes)
     objective = losses.build(config.objective.name, **config.objective.hyperparameters)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state, reference, batch = _abstract_arguments(config, sizes, mesh, optimizer, objective)
@@ -101,10 +105,11 @@ def _abstract_arguments(
     whole = NamedSharding(mesh, P())
     placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
     shapes, shardings = abstract_params(sizes), param_shardings(sizes, mesh)
-    params, frozen = split_params(jax.tree.map(placed, shapes, shardings), config.model.freeze)
+    rule = Trainable.of(config, sizes)
+    params, frozen = rule.split(jax.tree.map(placed, shapes, shardings))
     kept = "bfloat16" if config.model.reference_dtype == "auto" else config.model.reference_dtype
     in_kept = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(kept), sharding=leaf.sharding)  # noqa: E731
-    frozen, reference = jax.tree.map(in_kept, frozen), jax.tree.map(in_kept, params)
+    frozen, reference = jax.tree.map(in_kept, frozen), jax.tree.map(in_kept, split(params, rule.in_reference)[0])
     moments = optax.tree.map_params(
         optimizer,
         lambda leaf, param: placed(leaf, param.sharding),

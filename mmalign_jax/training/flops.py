@@ -1,5 +1,7 @@
 """Model FLOPs of a training step from the formulas of the field: the compiler's own counts are wrong under scan."""
 
+from collections.abc import Collection
+
 import jax
 
 from mmalign_jax.models.config import MllmConfig
@@ -12,16 +14,20 @@ PEAK = {
 }  # fmt: skip
 
 
-def step_flops(config: MllmConfig, batch: PairBatch, *, reference: bool, other_image: bool, freeze: tuple[str, ...]) -> float:
+def step_flops(config: MllmConfig, batch: PairBatch, *, reference: bool, other_image: bool, freeze: Collection[str]) -> float:
     """FLOPs of one step over all rows, recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
 
-    Slots are counted as they are computed, padding too.
+    Slots are counted as they are computed, padding too. Frozen weights need no gradient of their own, only carry that of what trains
+    in and below them. Low-rank factors themselves are not counted: about 2 rank / width of their linears.
+
+    Args:
+      freeze: parts whose own weights do not train. `config.lora` says which have factors that do.
     """
     c, v = config.decoder, config.vision
     rows = batch.tokens.size // batch.tokens.shape[-1]
     layer = 2 * c.width * c.head_width * (c.heads + c.kv_heads) + 3 * c.width * c.mlp_width
-    # a frozen decoder still carries the gradient to what lies under it: activations, no weights
-    backward = 4 if "decoder" not in freeze else 0 if {"projector", "vision_tower"} <= set(freeze) else 2
+    training = {"vision_tower", "projector", "decoder"} - set(freeze) | set(config.lora)
+    backward = 4 if "decoder" not in freeze else 2 if training else 0
     passes = 2 + backward + (2 if reference else 0)
 
     def decoder(slots: int, answers: int) -> float:
@@ -43,8 +49,11 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, reference: bool, other_i
             seen = full * tokens + (1 - full) * v.window_slots
     tower = tokens * config.used_vision_layers * (tower_layer + 2 * seen * v.width)
     tower += patches * 3 * v.frames_per_patch * v.patch_size**2 * v.width
-    # a frozen tower's features serve policy and reference
-    tower *= tiles * (2 if "vision_tower" in freeze else 8 if reference else 6)
+    # the features of a tower of which nothing trains serve policy and reference
+    if "vision_tower" in training:
+        tower *= tiles * (2 + (4 if "vision_tower" not in freeze else 2) + (2 if reference else 0))
+    else:
+        tower *= tiles * 2
     total = decoder(batch.tokens.shape[-1], batch.answers) + tower
     if other_image:
         total += decoder(batch.prefix_slots + batch.answer_slots, 1) + tower

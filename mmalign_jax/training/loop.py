@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,13 +15,15 @@ from mmalign_jax.config import Config
 from mmalign_jax.data.device import to_device
 from mmalign_jax.errors import UserError
 from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.models.tree import LeafPath, union
 from mmalign_jax.report.console import Console
 from mmalign_jax.report.metrics import MetricsWriter
 from mmalign_jax.training.checkpoint import Checkpoints, abstract_policy, abstract_state
 from mmalign_jax.training.flops import mfu, step_flops
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.signals import StopRequest
-from mmalign_jax.training.step import LossFunction, init_state, make_train_step, split_params, zero_gradients
+from mmalign_jax.training.step import LossFunction, init_state, make_train_step, zero_gradients
+from mmalign_jax.training.trainable import Trainable, describe
 from mmalign_jax.types import PairBatch, TrainState
 
 
@@ -52,14 +54,15 @@ def train(
     mesh: Mesh,
     sizes: MllmConfig,
     loss: LossFunction,
-    load_params: Callable[[str, Collection[str]], dict],
+    load_params: Callable[[str, Callable[[LeafPath], bool]], dict],
     batches: Batches,
     console: Console,
 ) -> Trained:
     """Trains until `config.train.steps`, or goes on from the newest checkpoint of `workdir`.
 
     Args:
-      load_params: reads parts of the SFT model's tree in the type given by name, in their shards: policy at step 0, and reference.
+      load_params: reads leaves of the SFT model's tree, chosen by path, in the type given by name, in their shards: policy at step 0,
+        and reference.
 
     Raises:
       UserError: a step's loss is not finite (with the step and the rows' record keys), or a checkpoint cannot be read.
@@ -67,8 +70,9 @@ def train(
     optimizer, schedule = make_optimizer(config.optimizer, config.train.steps), make_schedule(config.optimizer, config.train.steps)
     kept = config.model.reference_dtype
     kept = loss.model.dtype if kept == "auto" else kept
+    rule = Trainable.of(config, sizes)
     with jax.set_mesh(mesh):
-        like, fixed = split_params(abstract_policy(sizes, mesh), config.model.freeze)
+        like, _ = rule.split(abstract_policy(sizes, mesh))
         step = make_train_step(loss, optimizer, schedule)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         writer = MetricsWriter(
@@ -77,13 +81,13 @@ def train(
         try:
             with writer:
                 with console.phase("Loading reference and frozen parts"):
-                    parts = [*like, *fixed] if loss.objective.needs_reference else [*fixed]
-                    reference, frozen = split_params(load_params(kept, parts), config.model.freeze)
+                    copied = rule.in_reference if loss.objective.needs_reference else lambda path: False
+                    reference, frozen = rule.split(load_params(kept, lambda path: copied(path) or not rule.trains(path)))
                     reference = reference if loss.objective.needs_reference else None
                 # either a new state or a saved one: both at once would take twice the memory of parameters and moments
                 if checkpoints.latest is None:
                     with console.phase("Loading policy"):
-                        state = init_state(load_params("float32", [*like]), frozen, optimizer, config.train.seed)
+                        state = init_state(load_params("float32", rule.trains), frozen, optimizer, config.train.seed)
                 else:
                     with console.phase("Reading the checkpoint"):
                         state, position = checkpoints.restore(abstract_state(like, optimizer, mesh), frozen)
@@ -92,12 +96,12 @@ def train(
                 start = int(state.step)
                 writer.truncate_after(start)
                 with StopRequest() as stop:
-                    run = _Run(config, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop)
+                    run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop)
                     state = run(state, reference, start)
         finally:
             checkpoints.close()
     name = "" if stop.signal is None or int(state.step) >= config.train.steps else stop.signal.name
-    return Trained({**state.params, **state.frozen}, int(state.step), name)
+    return Trained(union(state.params, state.frozen), int(state.step), name)
 
 
 @dataclasses.dataclass
@@ -105,6 +109,7 @@ class _Run:
     """The loop's body with what it needs around it."""
 
     config: Config
+    rule: Trainable
     mesh: Mesh
     sizes: MllmConfig
     loss: LossFunction
@@ -124,7 +129,7 @@ class _Run:
         shapes: set[tuple[int, ...]] = set()
         for number in range(start, steps):
             asked = time.monotonic()
-            batch, made = self.batches.next_batch({**state.params, **state.frozen})
+            batch, made = self.batches.next_batch(union(state.params, state.frozen))
             waited += time.monotonic() - asked
             shape = (*batch.tokens.shape, batch.prefix_slots, *batch.images.shape)
             if shapes and shape not in shapes:
@@ -166,8 +171,8 @@ class _Run:
         rows = self.config.train.batch_size
         values = {"step_s": seconds, "pairs_per_s": rows / seconds, "input_wait_s": waiting}
         objective = self.loss.objective
-        freeze = self.config.model.freeze
-        flops = step_flops(self.sizes, batch, reference=objective.needs_reference, other_image=objective.needs_other_image, freeze=freeze)
+        needed = {"reference": objective.needs_reference, "other_image": objective.needs_other_image}
+        flops = step_flops(self.sizes, batch, **needed, freeze=self.rule.frozen)
         used = mfu(flops, seconds)
         return values if used is None else {**values, "mfu": used}
 
@@ -184,7 +189,7 @@ class _Run:
         """Says which trainable tensors the first batch gives no gradient at all: usually a sign of a mistake."""
         trainable = sum(leaf.size for leaf in jax.tree.leaves(state.params))
         total = trainable + sum(leaf.size for leaf in jax.tree.leaves(state.frozen))
-        self.console.line(f"Trainable: {trainable:,} of {total:,} parameters ({', '.join(sorted(state.params))})")
+        self.console.line(f"Trainable: {trainable:,} of {total:,} parameters: {describe(self.rule, self.sizes)}")
         if silent:
             names = zero_gradients(self.loss, state, reference, batch)
             self.console.line(f"WARNING: no gradient on the first batch reaches {silent} tensors; after it still {', '.join(names) or 'none'}")

@@ -1,9 +1,14 @@
 """Optimizer and learning-rate schedule from their settings."""
 
+from collections.abc import Mapping
+
 import jax
 import optax
 
 from mmalign_jax.config import OptimizerConfig
+from mmalign_jax.models.config import LORA_A, LORA_B
+
+_DECAYED = ("kernel", "embedding", LORA_A, LORA_B)
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -25,7 +30,10 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) behind an optional clip by global norm. Norm scales and biases are not decayed."""
+    """AdamW (arXiv 1711.05101) behind an optional clip by global norm. Norm scales and biases are not decayed.
+
+    A part with a learning rate of its own moves by as many times more or less; the schedule is the same for all.
+    """
     adamw = optax.adamw(
         make_schedule(config, steps),
         b1=config.b1,
@@ -34,8 +42,18 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         mu_dtype=config.moment_dtype,
         mask=_decayed,
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw) if config.clip_norm else adamw
+    steps_of = [adamw]
+    if config.clip_norm:
+        steps_of.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if factors := {part: rate / config.learning_rate for part, rate in config.rates.items() if rate}:
+        steps_of.append(optax.stateless(lambda updates, _: _scaled(updates, factors)))
+    return optax.chain(*steps_of) if len(steps_of) > 1 else adamw
+
+
+def _scaled(updates: dict, factors: Mapping[str, float]) -> dict:
+    """Each part's updates by its factor, if it has one."""
+    return {part: optax.tree.scale(factors[part], tree) if part in factors else tree for part, tree in updates.items()}
 
 
 def _decayed(params: dict) -> dict:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _DECAYED, params)

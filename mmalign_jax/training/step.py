@@ -9,16 +9,14 @@ import optax
 from jaxtyping import Array, Float
 
 from mmalign_jax import losses
+from mmalign_jax.models.lora import is_factor
 from mmalign_jax.models.mllm import Mllm
+from mmalign_jax.models.tree import split, union
 from mmalign_jax.pairs import views
+from mmalign_jax.training.trainable import unreached
 from mmalign_jax.types import BranchStats, PairBatch, TrainState
 
 Metrics = dict[str, Float[Array, ""]]
-
-
-def split_params(params: dict, freeze: tuple[str, ...]) -> tuple[dict, dict]:
-    """(trainable, frozen): the parts of the tree, apart."""
-    return {k: v for k, v in params.items() if k not in freeze}, {k: v for k, v in params.items() if k in freeze}
 
 
 def init_state(params: dict, frozen: dict, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -47,7 +45,8 @@ def branch_logps(
 class LossFunction:
     """Policy parameters and a batch -> loss. Only what the objective declares is computed.
 
-    Where the vision tower is frozen, its features are computed once and shared by policy and reference.
+    Where nothing of the vision tower trains, its features are computed once and shared by policy and reference. A reference whose tree
+    has no low-rank factors is the model with its adapter off.
     """
 
     model: Mllm
@@ -59,35 +58,37 @@ class LossFunction:
         """Mean loss over the rows, and metrics.
 
         Args:
-          params: the policy's trainable parts. frozen: its other parts, the reference's too.
-          reference: the reference's own copies of the trainable parts; None when the objective needs none.
+          params: the policy's trainable leaves. frozen: its other leaves, the reference's too.
+          reference: the reference's own copies of trainable leaves (`trainable.Trainable`); None when the objective needs none.
           key: of the step; random views are drawn from it and the rows' record keys, once for policy and reference.
         """
-        policy = {**params, **frozen}
+        policy, fixed = union(params, frozen), "vision_tower" not in params
         with jax.named_scope("policy"):
-            tower = self._tower(policy, batch, frozen)
+            tower = self._tower(self.model, policy, batch, fixed)
             sums, lengths = branch_logps(self.model, policy, tower, batch)
         stats = BranchStats(policy=sums, lengths=lengths, margin=batch.margin)
         if self.objective.needs_other_image:
             other = self._other_image(batch, key)
             with jax.named_scope("policy_other_image"):
-                other_tower = self._tower(policy, other, frozen)
+                other_tower = self._tower(self.model, policy, other, fixed)
                 stats = dataclasses.replace(stats, policy_other_image=branch_logps(self.model, policy, other_tower, other)[0][:, 0])
         if self.objective.needs_reference:
-            theirs = jax.lax.stop_gradient({**reference, **frozen})
+            theirs = jax.lax.stop_gradient(union(reference, frozen))
+            model = self.model if split(reference, is_factor)[0] else self.model.without_adapter()
             with jax.named_scope("reference"):
-                tower = tower if "vision_tower" in frozen else self._tower(theirs, batch, frozen)
-                stats = dataclasses.replace(stats, reference=branch_logps(self.model, theirs, tower, batch)[0])
+                tower = tower if fixed else self._tower(model, theirs, batch, fixed)
+                stats = dataclasses.replace(stats, reference=branch_logps(model, theirs, tower, batch)[0])
                 if self.objective.needs_other_image:
-                    other_tower = other_tower if "vision_tower" in frozen else self._tower(theirs, other, frozen)
-                    sums = branch_logps(self.model, theirs, other_tower, other)[0][:, 0]
+                    other_tower = other_tower if fixed else self._tower(model, theirs, other, fixed)
+                    sums = branch_logps(model, theirs, other_tower, other)[0][:, 0]
                     stats = dataclasses.replace(stats, reference_other_image=sums)
         per_pair, metrics = self.objective(stats)
         return jnp.mean(per_pair), metrics
 
-    def _tower(self, params: dict, batch: PairBatch, frozen: dict) -> Float[Array, "B F Z"]:
-        features = self.model.tower(params, batch.images, batch.patches)
-        return jax.lax.stop_gradient(features) if "vision_tower" in frozen else features
+    @staticmethod
+    def _tower(model: Mllm, params: dict, batch: PairBatch, fixed: bool) -> Float[Array, "B F Z"]:
+        features = model.tower(params, batch.images, batch.patches)
+        return jax.lax.stop_gradient(features) if fixed else features
 
     def _other_image(self, batch: PairBatch, key: Array) -> PairBatch:
         """The chosen answer under a small random crop of its image (mDPO's conditional term)."""
@@ -127,7 +128,7 @@ def make_train_step(
             params = optax.apply_updates(state.params, updates)
         metrics |= {
             "grad_norm": optax.tree.norm(grads),
-            "zero_gradients": sum(jnp.all(g == 0).astype(jnp.int32) for g in jax.tree.leaves(grads)),
+            "zero_gradients": sum(silent.astype(jnp.int32) for silent in unreached(grads, state.params).values()),
             "learning_rate": schedule(state.step),
             "padding_fraction": jnp.mean(batch.role == 0, dtype=jnp.float32),
         }
@@ -141,9 +142,9 @@ def zero_gradients(loss: LossFunction, state: TrainState, reference: dict | None
     """Names of trainable tensors whose gradient on this batch is exactly zero: parts that the loss cannot see."""
 
     @jax.jit
-    def largest(params: dict, frozen: dict, reference: dict | None, batch: PairBatch, key: Array) -> dict:
+    def silent(params: dict, frozen: dict, reference: dict | None, batch: PairBatch, key: Array) -> dict:
         grads = jax.grad(lambda p: loss(p, frozen, reference, jax.tree.map(lambda x: x[0], batch), key)[0])(params)
-        return jax.tree.map(lambda g: jnp.max(jnp.abs(g)), grads)
+        return unreached(grads, params)
 
-    sizes = jax.tree_util.tree_leaves_with_path(jax.device_get(largest(state.params, state.frozen, reference, batch, state.key)))
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, size in sizes if size == 0.0]
+    found = jax.device_get(silent(state.params, state.frozen, reference, batch, state.key))
+    return [name for name, is_silent in found.items() if is_silent]

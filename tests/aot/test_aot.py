@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 from helpers.checkpoints import tiny_llava
 from helpers.commands import ROOT, launch
@@ -10,6 +11,7 @@ from mmalign_jax import config, config_files
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.import_ import read_config
 from mmalign_jax.mesh import make_mesh
+from mmalign_jax.models.params import abstract_params
 from mmalign_jax.models.presets import preset
 from mmalign_jax.training import aot
 from mmalign_jax.training.aot import compile_step
@@ -90,6 +92,17 @@ def test_a_long_prefix_is_full_of_tiles():
     mesh, sizes = make_mesh(), preset("llava-1.6-mistral-7b")
     tiles = lambda **changes: aot._abstract_batch(settings(**changes), sizes, mesh, 2).images.shape[2]  # noqa: E731
     assert tiles(**{"data.prefix_tokens": 3072}) == 5 and tiles(**{"data.prefix_tokens": 0}) == 1
+
+
+def test_lora_keeps_the_base_once_and_trains_the_factors(replicated, sizes):
+    """The state is the base in bfloat16, and factors of two layers and rank 8 with two moments; the reference is no copy."""
+    lora = compile_step(settings(**{"lora.rank": 8, "mesh.data": 8, "mesh.fsdp": 1}), sizes, "v5e:2x4")
+    check(lora)
+    base = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(sizes)))
+    # inputs and outputs of query, key, value, out, gate, up and down
+    factors = 2 * 8 * ((128 + 256) + 2 * (128 + 128) + (256 + 128) + 3 * (128 + 256))
+    assert lora.state_bytes == pytest.approx(2 * base + 12 * factors, rel=0.01)
+    assert lora.argument_bytes - lora.state_bytes < 0.1 * base < replicated.argument_bytes - replicated.state_bytes
 
 
 @pytest.mark.parametrize("topology, message", [("h100:8", "is not known; give a chip and its grid"), ("v5e:3x7x2", "such as v5e:8x8")])

@@ -19,10 +19,13 @@ from mmalign_jax.models.mllm import Mllm, Prefill
 from mmalign_jax.models.params import param_shardings
 from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
 from mmalign_jax.training.step import branch_logps
+from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import Media, PairBatch, Part, Preference, PreferenceRecord, Response, Turn
 
 # Most of the time of these tests is XLA's; its optimisations are of no use to functions that run once on tiny arrays.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+FROZEN_TOWER = Trainable(frozenset({"vision_tower"}))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,8 @@ from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import param_shardings
 from mmalign_jax.scenes import splits
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
-from mmalign_jax.training.step import LossFunction, init_state, make_train_step, split_params
+from mmalign_jax.training.step import LossFunction, init_state, make_train_step
+from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import Preference, Response
 
 STEPS = 3
@@ -54,7 +55,7 @@ def metrics_on(mesh, batches):
     model = Mllm(sizes, processor.mean, processor.std, "float32", remat=c.model.remat == "full")
     loss = LossFunction(model, losses.build(c.objective.name, **c.objective.hyperparameters))
     optimizer = make_optimizer(c.optimizer, c.train.steps)
-    read = lambda: split_params(load_params(path, sizes, param_shardings(sizes, mesh)), c.model.freeze)  # noqa: E731
+    read = lambda: Trainable.of(c, sizes).split(load_params(path, sizes, param_shardings(sizes, mesh)))  # noqa: E731
     with jax.set_mesh(mesh):
         state, reference = init_state(*read(), optimizer, c.train.seed), read()[0] if loss.objective.needs_reference else None
         placed = [to_device(batch, mesh) for batch in batches]

@@ -7,17 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.checkpoints import tiny_llava
-from helpers.tiny import MIXED, Tiny, answer_sums, batch_of, quick_jit, sample
+from helpers.tiny import FROZEN_TOWER, MIXED, Tiny, answer_sums, batch_of, quick_jit, sample
 
 from mmalign_jax import losses
 from mmalign_jax.mesh import make_mesh, sharding
 from mmalign_jax.sampling import DecodeOptions
-from mmalign_jax.training.step import LossFunction, split_params
+from mmalign_jax.training.step import LossFunction
+from mmalign_jax.training.trainable import Trainable
 
 EIGHT = [dataclasses.replace(r, id=f"{r.id} {half}") for half in range(2) for r in MIXED]
 # a policy that is not the reference, so that the loss is not log 2 whatever the numbers are
 BETA = 1.0
-FREEZE = ("vision_tower",)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def test_a_shared_frozen_tower_equals_one_that_is_computed_for_each(tiny, refere
     loss = LossFunction(tiny.model, losses.build("mdpo", beta=BETA))
     values = []
     for freeze in ((), ("vision_tower",)):
-        params, frozen = split_params(tiny.params, freeze)
-        value, metrics = quick_jit(loss)(params, frozen, split_params(theirs, freeze)[0], batch, jax.random.key(0))
+        params, frozen = Trainable(frozenset(freeze)).split(tiny.params)
+        value, metrics = quick_jit(loss)(params, frozen, Trainable(frozenset(freeze)).split(theirs)[0], batch, jax.random.key(0))
         values.append({"value": value, **metrics})
     assert abs(values[0]["value"] - 3 * np.log(2)) > 0.05
     assert values[0].keys() == values[1].keys()
@@ -61,7 +61,7 @@ def loss_and_sample(tiny):
     loss = LossFunction(tiny.model, losses.build("dpo", beta=BETA))
 
     def run(params, reference, batch):
-        value, _ = loss(*split_params(params, FREEZE), split_params(reference, FREEZE)[0], batch, jax.random.key(0))
+        value, _ = loss(*FROZEN_TOWER.split(params), FROZEN_TOWER.split(reference)[0], batch, jax.random.key(0))
         return value, sample(tiny.model, params, batch, DecodeOptions(8, temperature=1.0), lanes=2).tokens
 
     return run
@@ -73,8 +73,8 @@ def gradient_sizes(tiny):
     loss = LossFunction(tiny.model, losses.build("dpo", beta=BETA))
 
     def run(params, reference, batch):
-        params, frozen = split_params(params, FREEZE)
-        grads = jax.grad(loss, has_aux=True)(params, frozen, split_params(reference, FREEZE)[0], batch, jax.random.key(0))[0]
+        params, frozen = FROZEN_TOWER.split(params)
+        grads = jax.grad(loss, has_aux=True)(params, frozen, FROZEN_TOWER.split(reference)[0], batch, jax.random.key(0))[0]
         return jax.tree.map(lambda g: jnp.sqrt(jnp.mean(jnp.square(g))), grads)
 
     return run

@@ -19,6 +19,7 @@ SCORES = (
     ScoreRow("POPE accuracy", None, Score(0.658), "higher", group="Usual"),
 )
 FACTS = Facts(
+    trained="projector, decoder; as in the base: vision_tower",
     base="org/model-7b",
     step=30,
     hyperparameters={"beta": 0.25, "nll_weight": 1.0},

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from mmalign_jax.models.config import Lora
 from mmalign_jax.models.params import abstract_params
 from mmalign_jax.models.presets import preset
 from mmalign_jax.training.flops import mfu, step_flops
@@ -47,6 +48,20 @@ def test_what_costs_more():
 def test_a_frozen_decoder_still_carries_gradients_to_what_trains_below(freeze, share):
     some = batch(1, images=0)
     np.testing.assert_allclose(flops(some, freeze=freeze), share * flops(some))
+
+
+def lora_flops(some, parts=(), freeze=("vision_tower", "projector", "decoder")):
+    sizes = SIZES.with_lora({part: Lora(16, 16.0, ("query", "down")) for part in parts})
+    return step_flops(sizes, some, reference=True, other_image=False, freeze=freeze)
+
+
+def test_lora_carries_the_gradient_and_has_none_for_the_weights():
+    text, picture = batch(1, images=0), batch(1)
+    for freeze in (("vision_tower", "projector", "decoder"), ("vision_tower", "decoder")):
+        np.testing.assert_allclose(lora_flops(text, ["decoder"], freeze), 6 / 8 * flops(text))
+    # a tower with factors is computed for policy and for reference, and once more for the gradient
+    tower = [lora_flops(picture, parts) - lora_flops(text, parts) for parts in ((), ["vision_tower"])]
+    np.testing.assert_allclose(tower[1], 3 * tower[0])
 
 
 def test_mfu_is_not_guessed_for_an_unknown_device():

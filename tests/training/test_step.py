@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 from helpers.checkpoints import tiny_llava
-from helpers.tiny import MIXED, Tiny, batch_of, parts, quick_jit
+from helpers.tiny import FROZEN_TOWER, MIXED, Tiny, batch_of, parts, quick_jit
 
 from mmalign_jax import losses
 from mmalign_jax.config import OptimizerConfig
 from mmalign_jax.data.device import to_device
 from mmalign_jax.mesh import make_mesh
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
-from mmalign_jax.training.step import LossFunction, init_state, make_train_step, split_params
+from mmalign_jax.training.step import LossFunction, init_state, make_train_step
 from mmalign_jax.types import PAD
 
 RATE = 0.05
@@ -46,10 +46,10 @@ class Step:
 
     def state(self):
         """The policy at step 0, in arrays of its own: they are given away."""
-        return self._init(*split_params(jax.tree.map(jnp.copy, self.tiny.params), ("vision_tower",)))
+        return self._init(*FROZEN_TOWER.split(jax.tree.map(jnp.copy, self.tiny.params)))
 
     def reference(self):
-        return split_params(self.tiny.params, ("vision_tower",))[0]
+        return FROZEN_TOWER.split(self.tiny.params)[0]
 
     def __call__(self, state, reference=None):
         return self._run(state, self.reference() if reference is None else reference, self.batch)
@@ -167,9 +167,9 @@ def test_steps_on_a_mesh_keep_their_shardings(tiny):
     loss = LossFunction(tiny.model, losses.build("dpo"))
     jitted = make_train_step(loss, make_optimizer(config, 10), make_schedule(config, 10))
     placed = to_device(jax.device_get(parts(eight, 2)), mesh)
-    reference, _ = split_params(tiny.sharded(mesh), ("vision_tower",))
+    reference, _ = FROZEN_TOWER.split(tiny.sharded(mesh))
     with jax.set_mesh(mesh):
-        state = init_state(*split_params(tiny.sharded(mesh), ("vision_tower",)), make_optimizer(config, 10), seed=0)
+        state = init_state(*FROZEN_TOWER.split(tiny.sharded(mesh)), make_optimizer(config, 10), seed=0)
         shardings = jax.tree.map(lambda x: x.sharding, (state.params, state.frozen))
         moments = state.opt_state[1][0].mu["decoder"]["layers"]["attention"]["query"]["kernel"]
         assert moments.sharding.spec == shardings[0]["decoder"]["layers"]["attention"]["query"]["kernel"].spec

@@ -69,7 +69,7 @@ def names(config: MllmConfig) -> NameTable:
     features = config.vision.width * config.connector.scale**2
     projector = linear(("projector", "linear"), "projector.proj", (features,), (config.decoder.width,), False, None)
     entries = (*towers.tower_entries(config), *projector, *decoders.decoder_entries(config.decoder))
-    return NameTable(PREFIXES, entries, towers.tower_behind(config), unused)
+    return NameTable(PREFIXES, entries, towers.tower_behind(config), unused, {reduced: name for name, reduced in PREFIXES.items()})
 
 
 class SplitTiles:

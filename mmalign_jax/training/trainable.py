@@ -1,0 +1,90 @@
+"""Which leaves of the parameter tree train, which stay as they are, and what of them the reference needs copies of."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from mmalign_jax.config import PARTS, Config
+from mmalign_jax.errors import UserError
+from mmalign_jax.models.config import LORA_A, LORA_B, MllmConfig
+from mmalign_jax.models.lora import is_factor
+from mmalign_jax.models.tree import LeafPath, split
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """The rule by which a run divides the tree.
+
+    Args:
+      frozen: parts whose own weights stay. Low-rank factors always train.
+      adapter_off: the factors began by adding nothing, so the model without them is the reference and they need no copy.
+    """
+
+    frozen: frozenset[str]
+    adapter_off: bool = True
+
+    @classmethod
+    def of(cls, config: Config, sizes: MllmConfig) -> "Trainable":
+        """The rule of a config: `model.freeze`, and where there are low-rank factors the part's own weights stay, too.
+
+        Raises:
+          UserError: nothing would train, or a part has a learning rate of its own and does not train.
+        """
+        freeze = config.model.freeze
+        if freeze == ("auto",):
+            freeze = PARTS if sizes.lora else ("vision_tower",)
+        rule = cls(frozenset(freeze) | frozenset(sizes.lora), adapter_off=not config.model.adapter)
+        training = (set(PARTS) - rule.frozen) | set(sizes.lora)
+        if not training:
+            raise UserError("config.model.freeze: all parts are frozen, nothing would train")
+        for part in PARTS:
+            if config.optimizer.rates[part] and part not in training:
+                raise UserError(f"config.optimizer.{part}_learning_rate: the {part} does not train; see config.model.freeze")
+        return rule
+
+    def trains(self, path: LeafPath) -> bool:
+        return is_factor(path) or path[0] not in self.frozen
+
+    def in_reference(self, path: LeafPath) -> bool:
+        """Whether the reference has a copy of its own of this leaf; it shares the frozen ones."""
+        return self.trains(path) and not (self.adapter_off and is_factor(path))
+
+    def untouched(self, sizes: MllmConfig) -> list[str]:
+        """Parts of which nothing trains."""
+        return [part for part in PARTS if part in self.frozen and part not in sizes.lora]
+
+    def split(self, params: dict) -> tuple[dict, dict]:
+        """(trainable, frozen)."""
+        return split(params, self.trains)
+
+
+def unreached(grads: dict, params: dict) -> dict[str, Bool[Array, ""]]:
+    """Name of every trainable leaf -> whether its gradient is zero in all places though it need not be.
+
+    While B is zero, A's gradient is zero: that is how low-rank factors begin.
+    """
+    out = {}
+    _unreached(grads, params, "", out)
+    return out
+
+
+def _unreached(grads: dict, params: dict, above: str, out: dict[str, Any]) -> None:
+    for key, grad in grads.items():
+        if isinstance(grad, dict):
+            _unreached(grad, params[key], f"{above}{key}/", out)
+        else:
+            silent = jnp.all(grad == 0)
+            out[above + key] = silent & jnp.any(params[LORA_B] != 0) if key == LORA_A else silent
+
+
+def describe(rule: Trainable, sizes: MllmConfig) -> str:
+    """What trains, for a reader."""
+    texts = []
+    for part in PARTS:
+        if part in sizes.lora:
+            texts.append(f"{part} (low-rank factors of rank {sizes.lora[part].rank} beside {', '.join(sizes.lora[part].targets)})")
+        elif part not in rule.frozen:
+            texts.append(part)
+    return ", ".join(texts)
