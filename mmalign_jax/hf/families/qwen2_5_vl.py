@@ -23,6 +23,7 @@ _TOWER = {
 
 
 def read(config: Mapping[str, Any], where: str) -> MllmConfig:
+    """Sizes and switches of a `config.json`; raises UserError that names the key of what is not supported."""
     v = _TOWER | dict(config.get("vision_config") or {})
     vision = qwen_towers.read_tower(
         v,

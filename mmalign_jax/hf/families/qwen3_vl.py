@@ -32,6 +32,7 @@ _VIDEO = {"size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 32 * 32 * 768
 
 
 def read(config: Mapping[str, Any], where: str) -> MllmConfig:
+    """Sizes and switches of a `config.json`; raises UserError that names the key of what is not supported."""
     v = _TOWER | dict(config.get("vision_config") or {})
     taps = tuple(v["deepstack_visual_indexes"])
     if list(taps) != sorted(set(taps)) or any(tap not in range(v["depth"]) for tap in taps):
@@ -55,6 +56,7 @@ def names(config: MllmConfig) -> NameTable:
 
 
 def pictures(directory: Path, config: MllmConfig, tokenizer: Any) -> Pictures:
+    """Pictures and videos; the prompt says the time in front of each step of a video."""
     images, v = load_image_processor(directory), config.vision
     values, (low, high) = any_size.video_limits(directory, images, _VIDEO)
     image, video = tokenizer.convert_ids_to_tokens([config.image_token_id, config.video_token_id])
