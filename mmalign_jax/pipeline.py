@@ -155,7 +155,10 @@ class _Run:
     def _preflight(self, records: Records, plan: RowPlan) -> None:
         """Says what the model will see, before any of it is computed."""
         first, layout = records[int(plan.items[0][0])], plan.layout
-        self.console.line(f"First prompt, as the model reads it: {self.policy.processor.render(first.turns)!r}")
+        media = [first.media[part.media] for turn in first.turns for part in turn.parts if part.media is not None]
+        videos = [number for number, medium in enumerate(media) if medium.kind == "video"]
+        prompt = self.policy.processor.render(first.turns, videos)
+        self.console.line(f"First prompt, before its pictures are expanded: {prompt!r}")
         pictures = f"{layout.images} images of up to {layout.canvas[0]} x {layout.canvas[1]} pixels"
         self.console.line(
             f"{plan.counts['kept']} of {plan.counts['rows']} rows; up to {layout.prefix_slots} tokens of prefix ({pictures}) and "

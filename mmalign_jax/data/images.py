@@ -15,7 +15,7 @@ MAX_ASPECT = 200
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64_000_000
 
-_ORIENTATION = 0x0112  # EXIF; from 5 on, width and height are exchanged
+_ORIENTATION, _SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF; these values exchange width and height
 _FORMATS = "JPEG, PNG, WEBP, GIF, BMP"
 # The plugins are called directly: `Image.open` tries every installed plugin, and its own bomb check is a process-wide setting.
 _PLUGINS = {
@@ -75,11 +75,17 @@ def image_size(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MA
     try:
         image = _open(data, max_pixels, place)
         _check_size(image.size, max_pixels, place)
-        turned = image.getexif().get(_ORIENTATION, 1) >= 5
+        turned = _has_exif(data) and image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS
     except _DAMAGE as error:
         problem = f"the image is truncated or corrupt ({error})"
         raise place.bad("unreadable_image", problem, "Replace the image or remove the row.") from error
     return image.size if turned else image.size[::-1]
+
+
+def _has_exif(data: bytes) -> bool:
+    """Whether there may be EXIF data. Pillow decodes a whole PNG to find out, since they may stand behind the pixels."""
+    png = data.startswith(b"\x89PNG")
+    return not png or any(mark in data for mark in (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp"))
 
 
 def _open(data: bytes, max_pixels: int, place: Place) -> Image.Image:

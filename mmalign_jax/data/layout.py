@@ -44,6 +44,7 @@ class RowLayout:
       prefix_slots, answer_slots, answers, images: P, R, K and M.
       canvas: height and width of each of the M images.
       patch_slots: Q, 0 for towers that take tiles.
+      max_positions: most tokens of a prefix and one answer together.
       shorten_answers: cut answers that are longer than R (never a prefix).
     """
 
@@ -53,6 +54,7 @@ class RowLayout:
     images: int
     canvas: tuple[int, int]
     patch_slots: int = 0
+    max_positions: int = 1 << 30
     shorten_answers: bool = False
     max_pixels: int = MAX_PIXELS
     max_bytes: int = MAX_BYTES
@@ -193,7 +195,7 @@ def lay_out(
         "tokens": tokens,
         "role": role,
         "positions": positions,
-        "images": media_lib.pixels(media, processor.pictures, place, tiles=layout.images, canvas=layout.canvas, **limits),
+        "images": media_lib.pixels(media, row.expansions, processor.pictures, place, tiles=layout.images, canvas=layout.canvas, **limits),
         "image_index": image_index,
         "token_weight": weight,
         "record_key": np.uint32(record_key(record.id)),
@@ -228,6 +230,8 @@ def misfit(row: RowSize, layout: RowLayout) -> str:
         return f"the pictures take {row.patch_slots} patches, there are {layout.patch_slots} slots"
     if row.longest > layout.answer_slots and not layout.shorten_answers:
         return f"an answer takes {row.longest} tokens, there are {layout.answer_slots} slots"
+    if row.prefix + min(row.longest, layout.answer_slots) > layout.max_positions:
+        return f"prefix and answer take {row.prefix + row.longest} positions, the model was made for {layout.max_positions}"
     if any(first >= min(length, layout.answer_slots) for first, length in zip(row.first_scored, row.answers, strict=True)):
         return "an answer has no token that is scored"
     return ""

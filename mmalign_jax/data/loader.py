@@ -6,6 +6,7 @@ The order of training rows is a function of the seed alone: step s holds rows [s
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,7 +66,8 @@ class Loader:
     ):
         self._rows, self._layouts = rows, [bucket.layout for bucket in plan.buckets]
         self._batch_size, self._accumulate, self._process, self._workers = batch_size, accumulate, process, workers
-        self._identity = {"seed": seed, "items": len(plan.items)}
+        buckets = hashlib.sha256(b"".join(bucket.members.astype("<i8").tobytes() + b"|" for bucket in plan.buckets)).hexdigest()[:16]
+        self._identity = {"seed": seed, "items": len(plan.items), "batch_size": batch_size, "buckets": buckets}
         self._start(0)
 
     def __iter__(self) -> "Loader":

@@ -28,17 +28,27 @@ def expand(medium: Media, pictures: Pictures, place: Place, *, max_pixels: int, 
 
 
 def pixels(
-    media: Sequence[Media], pictures: Pictures, place: Place, *, tiles: int, canvas: tuple[int, int], max_pixels: int, max_bytes: int
+    media: Sequence[Media],
+    expansions: Sequence[Expansion],
+    pictures: Pictures,
+    place: Place,
+    *,
+    tiles: int,
+    canvas: tuple[int, int],
+    max_pixels: int,
+    max_bytes: int,
 ) -> np.ndarray:
     """uint8[M, Y, W, 3]: the tiles of all media in order, in the upper left corners of their canvases.
 
     What is not covered is zero, and no token and no patch points at it.
     """
     out, slot = np.zeros((tiles, *canvas, 3), np.uint8), 0
-    for medium in media:
+    for medium, planned in zip(media, expansions, strict=True):
         limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "file": place.file, "row": place.row}
         frames = [decode_image(data, **limits) for data in medium.pictures]
         made = pictures.pixels(frames, medium.times if medium.kind == "video" else None)
+        if (len(made), *made.shape[1:3]) != (planned.tiles, *planned.canvas):
+            raise AssertionError(f"{place.file}, row {place.row}: pixels {made.shape} of what was planned as {planned.tiles} x {planned.canvas}")
         out[slot : slot + len(made), : made.shape[1], : made.shape[2]] = made
         slot += len(made)
     return out

@@ -152,6 +152,7 @@ def _layout(rows: Sequence[RowSize], processor: RowProcessor, config: DataConfig
         images=max([blank.tiles, *(row.images for row in rows)]),
         canvas=(max(y for y, _ in canvases), max(x for _, x in canvases)),
         patch_slots=max([blank.slots, *(row.patch_slots for row in rows)]),
+        max_positions=processor.traits.max_positions,
         shorten_answers=config.on_long_row == "shorten_answer",
         max_pixels=config.max_image_pixels,
         max_bytes=config.max_image_bytes,

@@ -153,7 +153,8 @@ def _local_parameters(t: Mapping[str, Any]) -> dict[str, Any]:
 def _rope(scaling: Mapping[str, Any], t: Mapping[str, Any], where: str, decoder: str) -> RopeConfig:
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     # Qwen2-VL's first configs call ordinary frequencies with sections "mrope"
-    kind = "default" if kind == "mrope" else kind
+    # and InternVL's say "dynamic": frequencies that change with rows longer than max_position_embeddings, which are refused (layout.misfit)
+    kind = "default" if kind in ("mrope", "dynamic") else kind
     expect(kind, ("default", "linear", "llama3"), "text_config.rope_parameters.rope_type", where)
     return RopeConfig(
         theta=float(scaling.get("rope_theta", t["rope_theta"])),

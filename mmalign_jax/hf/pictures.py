@@ -62,6 +62,7 @@ class RowTraits:
       merge: patches that make one feature, where pictures have any size.
       patch_size, patch_depth: side of a patch, and frames that it spans, where pictures have any size.
       mrope: tokens turn by time, row and column.
+      max_positions: longest row, prefix and one answer, that the decoder was made for.
       prefix_attends: the row's prefix sees itself in both directions, so no part of an answer may stand in it.
     """
 
@@ -71,6 +72,7 @@ class RowTraits:
     patch_size: int = 1
     patch_depth: int = 1
     mrope: bool = False
+    max_positions: int = 1 << 30
     prefix_attends: bool = False
 
     @classmethod
@@ -83,6 +85,7 @@ class RowTraits:
             patch_size=v.patch_size,
             patch_depth=v.frames_per_patch,
             mrope=bool(config.decoder.rope.sections),
+            max_positions=config.decoder.max_positions,
             prefix_attends=config.decoder.bidirectional == "prefix",
         )
 

@@ -107,7 +107,7 @@ def _abstract_arguments(
     shapes, shardings = abstract_params(sizes), param_shardings(sizes, mesh)
     rule = Trainable.of(config, sizes)
     params, frozen = rule.split(jax.tree.map(placed, shapes, shardings))
-    kept = "bfloat16" if config.model.reference_dtype == "auto" else config.model.reference_dtype
+    kept = mesh_lib.compute_dtype(config.model.compute_dtype, "tpu") if config.model.reference_dtype == "auto" else config.model.reference_dtype
     in_kept = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(kept), sharding=leaf.sharding)  # noqa: E731
     frozen, reference = jax.tree.map(in_kept, frozen), jax.tree.map(in_kept, split(params, rule.in_reference)[0])
     moments = optax.tree.map_params(
@@ -123,12 +123,16 @@ def _abstract_arguments(
 
 
 def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, answers: int) -> PairBatch:
+    if not sizes.vision.image_size:
+        raise UserError("config.model: models that take pictures of any size cannot be checked here yet; LLaVA and other models of tiles can")
+    if not config.data.prefix_tokens and (sizes.connector.newline or sizes.connector.kind.startswith("shuffle")):
+        raise UserError("config.data.prefix_tokens: say how long a prefix may be; what a picture takes in this model depends on its size")
     prefix = config.data.prefix_tokens or sizes.image_tokens + PROMPT_TOKENS
     answer = config.data.answer_tokens or ANSWER_TOKENS
     lead = (config.train.accumulate, config.train.batch_size // config.train.accumulate)
     side = sizes.vision.image_size
     # as many tiles as the prefix has room for beside a prompt
-    tiles = max(1, (prefix - PROMPT_TOKENS) // sizes.image_tokens) if side else 1
+    tiles = max(1, (prefix - PROMPT_TOKENS) // sizes.image_tokens)
 
     def array(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         axes = (None, "batch") + (None,) * len(shape)

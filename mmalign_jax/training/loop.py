@@ -125,13 +125,14 @@ class _Run:
         if start >= steps:
             return state
         self.console.line(f"Training from step {start} to {steps}; the first step compiles")
-        began, since, waited, in_flight = time.monotonic(), start, 0.0, None
-        shapes: set[tuple[int, ...]] = set()
+        began, since, waited, flops, in_flight = time.monotonic(), start, 0.0, 0.0, None
+        shapes: set[tuple[tuple[int, ...], ...]] = set()
         for number in range(start, steps):
             asked = time.monotonic()
             batch, made = self.batches.next_batch(union(state.params, state.frozen))
             waited += time.monotonic() - asked
-            shape = (*batch.tokens.shape, batch.prefix_slots, *batch.images.shape)
+            shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+            flops += self._flops(batch)
             if shapes and shape not in shapes:
                 self.console.line(f"Step {number + 1} has rows of a shape that is new, {batch.tokens.shape[-1]} slots: it compiles")
             shapes.add(shape)
@@ -148,10 +149,10 @@ class _Run:
                 self._check_finite(*in_flight)
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()} | made
                 seconds = (time.monotonic() - began) / (done - since)
-                values |= self._speed(device_batch, seconds, waited / (done - since))
+                values |= self._speed(seconds, waited / (done - since), flops / (done - since))
                 self.writer.write(done, values)
                 self.console.status(done, steps, values)
-                began, since, waited = time.monotonic(), done, 0.0
+                began, since, waited, flops = time.monotonic(), done, 0.0, 0.0
             stopping = self._stopping()
             if done % self.config.checkpoint.every == 0 or done == steps or stopping:
                 self._check_finite(*in_flight)
@@ -167,12 +168,17 @@ class _Run:
         mine = self.stop.signal is not None
         return mine if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(mine)).any())
 
-    def _speed(self, batch: PairBatch, seconds: float, waiting: float) -> dict[str, float]:
-        rows = self.config.train.batch_size
-        values = {"step_s": seconds, "pairs_per_s": rows / seconds, "input_wait_s": waiting}
+    def _flops(self, batch: PairBatch) -> float:
+        """Of a step on these rows of this process, as if all processes had rows of this shape: they do."""
         objective = self.loss.objective
         needed = {"reference": objective.needs_reference, "other_image": objective.needs_other_image}
-        flops = step_flops(self.sizes, batch, **needed, freeze=self.rule.frozen)
+        rows = self.config.train.batch_size / (batch.tokens.shape[0] * batch.tokens.shape[1])
+        return rows * step_flops(self.sizes, batch, **needed, freeze=self.rule.frozen)
+
+    def _speed(self, seconds: float, waiting: float, flops: float) -> dict[str, float]:
+        """Means over the steps since the last log, compilation of new shapes included."""
+        rows = self.config.train.batch_size
+        values = {"step_s": seconds, "pairs_per_s": rows / seconds, "input_wait_s": waiting}
         used = mfu(flops, seconds)
         return values if used is None else {**values, "mfu": used}
 

@@ -10,7 +10,7 @@ from helpers.rows import encoded, photo_bytes
 from PIL import Image
 
 from mmalign_jax.data.bad_rows import BadRow
-from mmalign_jax.data.images import decode_image
+from mmalign_jax.data.images import decode_image, image_size
 
 
 def decode(data, **limits):
@@ -116,3 +116,22 @@ def test_limits_of_the_caller():
     refused(data, "image_too_large", max_pixels=199)
     assert "max_image_bytes" in refused(data, "image_too_large", max_bytes=len(data) - 1)
     assert "200:1" in refused(encoded(size=(402, 2)), "image_too_large")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 8, 9, 65535])
+def test_the_size_from_the_header_is_that_of_the_decoded_picture(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(size=(12, 8), kind=kind, exif=exif)
+    width, height = decode(data).size
+    assert image_size(data, file="f", row="r") == (height, width)
+    assert (height > width) == (orientation in (5, 6, 7, 8))
+
+
+def test_a_size_is_read_without_decoding():
+    whole = encoded(size=(300, 200), kind="PNG")
+    # pixels that cannot be decoded are not looked at; a size that is refused is
+    assert image_size(whole[:60], file="f", row="r") == (200, 300)
+    with pytest.raises(BadRow, match="over the limit of 100 pixels"):
+        image_size(whole, max_pixels=100, file="f", row="r")

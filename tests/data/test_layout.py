@@ -202,3 +202,28 @@ def test_rows_without_a_pair_or_that_cannot_be_tokenised():
 def test_a_weight_is_not_ignored():
     with pytest.raises(DataError, match="weight 0.5"):
         planned([record(prefs=(Preference(0, 1, 0.5),))])
+
+
+def test_a_row_longer_than_the_decoder_was_made_for_does_not_fit():
+    class Short(LetterProcessor):
+        traits = dataclasses.replace(LetterProcessor.traits, max_positions=9)
+
+    # six tokens of prefix, and three or four of answer
+    rows = [record("a", chosen="ye", rejected="no"), record("b")]
+    plan = plan_rows(rows, Short(), DataConfig(on_long_row="drop"), answers=2)
+    assert [row.record_id for row in plan.left_out] == ["b"] and "the model was made for 9" in plan.left_out[0].problem
+    with pytest.raises(DataError, match="take 10 positions, the model was made for 9"):
+        plan_rows(rows, Short(), DataConfig(), answers=2)
+
+
+def test_pixels_must_be_what_was_planned():
+    class Changed(LetterProcessor):
+        class pictures(type(LetterProcessor.pictures)):
+            def pixels(self, frames, times=None):
+                return super().pixels(frames, times)[:, :-1]
+
+        pictures = pictures()
+
+    row = record()
+    with pytest.raises(AssertionError, match="what was planned"):
+        lay_out(row, row.prefs[0], Changed(), sized(8, 4, 2, 1))

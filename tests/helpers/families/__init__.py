@@ -4,6 +4,7 @@ import importlib
 import pathlib
 import pkgutil
 
+import pytest
 from helpers.families.case import FamilyCase
 
 
@@ -16,3 +17,13 @@ def all_cases() -> dict[str, FamilyCase]:
                 assert case.name not in found, case.name
                 found[case.name] = case
     return found
+
+
+def one_a_family() -> list:
+    """Parameters: every case by name, of which CI runs one a family; a name begins with its family."""
+    out, seen = [], set()
+    for name in all_cases():
+        family = name.split()[0]
+        out.append(pytest.param(name, marks=pytest.mark.nightly if family in seen else ()))
+        seen.add(family)
+    return out
