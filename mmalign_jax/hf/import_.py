@@ -1,11 +1,13 @@
 """A Hugging Face directory as a config and a parameter tree, every tensor read straight into its sharding."""
 
 import dataclasses
+import math
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mmalign_jax.errors import UserError
@@ -13,6 +15,9 @@ from mmalign_jax.hf import families, names
 from mmalign_jax.hf.files import read_json
 from mmalign_jax.hf.safetensors_dir import Tensor, open_weights
 from mmalign_jax.models.config import MllmConfig
+
+# Layers of a leaf are put together on the host up to this size; larger leaves are put together on the devices.
+STACK_BYTES = 256 << 20
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -47,7 +52,9 @@ def load_params(
     dtype: Any = np.float32,
     wanted: Callable[[names.Path], bool] | None = None,
 ) -> dict:
-    """Reads the parameter tree of a model directory. One leaf at a time is whole on the host.
+    """Reads the parameter tree of a model directory.
+
+    The host holds one tensor at a time, or the layers of one leaf together while they take less than `STACK_BYTES`.
 
     Args:
       directory: with `model.safetensors` or an index and its shards, in any layout of the family's names.
@@ -67,12 +74,29 @@ def load_params(
     for entry in families.of(config).names(config).entries:
         if wanted is not None and not wanted(entry.path):
             continue
-        host = np.empty(entry.leaf_shape, dtype)
-        for layer, name in enumerate(entry.names):
-            target = host if entry.layers is None else host[layer]
-            target[...] = entry.to_ours(found[name][1].read())
-        leaves[entry.path] = place(host, None if shardings is None else names.leaf_at(shardings, entry.path))
+        sharding = None if shardings is None else names.leaf_at(shardings, entry.path)
+        # copies: a device array on the CPU must not live in a file's pages
+        tensors = (entry.to_ours(found[name][1].read()).astype(dtype) for name in entry.names)
+        if entry.layers is None:
+            leaves[entry.path] = place(next(tensors), sharding)
+        elif math.prod(entry.leaf_shape) * dtype.itemsize <= STACK_BYTES:
+            leaves[entry.path] = place(np.stack(list(tensors)), sharding)
+        else:
+            leaves[entry.path] = _streamed(tensors, entry.layers, sharding)
     return names.tree(leaves)
+
+
+def _streamed(tensors: Iterator[np.ndarray], layers: int, sharding: jax.sharding.NamedSharding | None) -> jax.Array:
+    """The stack of all layers on the devices, one layer after the other."""
+    of_layer = None if sharding is None else jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+    put = jax.jit(lambda stack, one, layer: stack.at[layer].set(one), donate_argnums=0)
+    stack = None
+    for number, tensor in enumerate(tensors):
+        one = place(tensor, of_layer)
+        if stack is None:
+            stack = jnp.zeros((layers, *one.shape), one.dtype, device=sharding)
+        stack = put(stack, one, number)
+    return stack
 
 
 def match(weights: Mapping[str, Tensor], config: MllmConfig, directory: pathlib.Path) -> dict[str, tuple[str, Tensor]]:

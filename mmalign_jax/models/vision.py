@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mmalign_jax import mesh
 from mmalign_jax.models.config import MllmConfig, VisionConfig
@@ -95,19 +95,25 @@ class _Mlp(nn.Module):
 
 
 class _Block(nn.Module):
+    """Carries the hidden state, and the few hidden states that are kept (`kept [k B M N Z]`, None for none): not those of all layers.
+
+    `place` is where this layer's goes, -1 for nowhere.
+    """
+
     config: VisionConfig
-    keep: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B M N Z"], full: Bool[Array, ""], patches: Patches | None):
-        c = self.config
+    def __call__(self, carry: tuple[Array, Array | None], full: Bool[Array, ""], place: Int[Array, ""], patches: Patches | None):
+        c, (x, kept) = self.config, carry
 
         def scaled(name: str, added: Array) -> Array:
             return added * self.param(name, nn.initializers.ones, (c.width,)).astype(added.dtype) if c.layer_scale else added
 
         x = x + scaled("scale1", _Attention(c, name="attention")(norm(c, "norm1")(x), full, patches))
         x = x + scaled("scale2", _Mlp(c, name="mlp")(norm(c, "norm2")(x)))
-        return x, (x if self.keep else None)
+        if kept is not None:
+            kept = jnp.where((jnp.arange(kept.shape[0]) == place)[:, None, None, None, None], x, kept)
+        return (x, kept), None
 
 
 class VisionTower(nn.Module):
@@ -133,13 +139,15 @@ class VisionTower(nn.Module):
             x = mesh.reshape(x, (x.shape[0], -1, v.window_slots if v.window else x.shape[1], v.width), *_ROWS, None)
         used, wanted = c.used_vision_layers, self._wanted()
         block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
-        keep = any(layer not in (0, used) for layer in wanted)
-        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=used, in_axes=(0, nn.broadcast))
+        keep = sorted({layer for layer in wanted if layer not in (0, used)})
+        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=used, in_axes=(0, 0, nn.broadcast))
         first, full = x, jnp.array([layer in v.full_layers for layer in range(used)])
-        x, states = stack(v, keep, name="layers")(x, full, patches)
+        place = jnp.array([keep.index(layer) if layer in keep else -1 for layer in range(1, used + 1)])
+        kept = mesh.constrain(jnp.zeros((len(keep), *x.shape), x.dtype), None, *_ROWS, None) if keep else None
+        (x, kept), _ = stack(v, name="layers")((x, kept), full, place, patches)
         if v.post_norm:
             x = norm(v, "post_norm")(x)
-        chosen = [first if layer == 0 else x if layer == used else states[layer - 1] for layer in wanted]
+        chosen = [first if layer == 0 else x if layer == used else kept[keep.index(layer)] for layer in wanted]
         features = jnp.concatenate(chosen, axis=-1)
         if v.class_token and not c.keep_class_token:
             features = features[:, :, 1:]
