@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.checkpoints import quiet, tensors
 from helpers.commands import launch
-from helpers.families import all_cases
+from helpers.families import LIKE, all_cases
 from helpers.rows import photo_bytes, rlaif_row, write_parquet
 
 METHODS = {"dpo": [], "mdpo": ["--config.objective.name=mdpo"], "lora": ["--config.lora.rank=4"]}
@@ -18,7 +18,7 @@ CASES = all_cases()
 
 def runs():
     """All families by all methods; each family's first case with one of the methods is the share that is always run."""
-    first, seen = [], set()
+    first, seen = [], set(LIKE)
     for number, name in enumerate(CASES):
         family = name.split()[0]
         for place, method in enumerate(METHODS):

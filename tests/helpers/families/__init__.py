@@ -19,9 +19,13 @@ def all_cases() -> dict[str, FamilyCase]:
     return found
 
 
+# Families that differ from another one in little: what CI runs of that one stands for them.
+LIKE = {"idefics3": "smolvlm", "llava_next_video": "llava_next", "qwen2_vl": "qwen2_5_vl"}
+
+
 def one_a_family() -> list:
-    """Parameters: every case by name, of which CI runs one a family; a name begins with its family."""
-    out, seen = [], set()
+    """Parameters: every case by name, of which CI runs one a family, the others being nightly; a name begins with its family."""
+    out, seen = [], set(LIKE)
     for name in all_cases():
         family = name.split()[0]
         out.append(pytest.param(name, marks=pytest.mark.nightly if family in seen else ()))
