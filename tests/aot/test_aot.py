@@ -91,7 +91,9 @@ def test_the_state_is_sharded_and_the_first_moment_may_be_small(replicated, size
 def test_a_long_prefix_is_full_of_tiles():
     mesh, sizes = make_mesh(), preset("llava-1.6-mistral-7b")
     tiles = lambda **changes: aot._abstract_batch(settings(**changes), sizes, mesh, 2).images.shape[2]  # noqa: E731
-    assert tiles(**{"data.prefix_tokens": 3072}) == 5 and tiles(**{"data.prefix_tokens": 0}) == 1
+    assert tiles(**{"data.prefix_tokens": 3072}) == 5 and tiles(**{"data.prefix_tokens": 704}) == 1
+    with pytest.raises(UserError, match="config.data.prefix_tokens: say how long"):
+        tiles(**{"data.prefix_tokens": 0})
 
 
 def test_lora_keeps_the_base_once_and_trains_the_factors(replicated, sizes):

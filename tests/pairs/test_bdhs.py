@@ -16,7 +16,7 @@ from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import DataConfig, PairsConfig
 from mmalign_jax.data.bad_rows import place_of
 from mmalign_jax.data.layout import tokenize
-from mmalign_jax.data.plan import measure
+from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.data.records import to_example
 from mmalign_jax.data.validate import check_record
 from mmalign_jax.errors import DataError, UserError
@@ -66,7 +66,7 @@ ONE = mesh_lib.make_mesh(devices=jax.devices()[:1])
 @pytest.fixture(scope="module")
 def sampler_of(tiny):
     """A sampler with parameters. Compiling one is most of these tests' time, so equal ones are the same."""
-    layout = measure(build(), tiny.processor, answers=1)
+    layout = plan_rows(build(), tiny.processor, DataConfig(), answers=1).layout
     params = functools.cache(tiny.sharded)
 
     @functools.cache
@@ -89,7 +89,7 @@ def outcomes(sampler_of):
 
 def agree(tiny, config, outcomes, records, draw=0):
     paper = Paper(tiny, config, ngram_cosine)
-    slots = measure(build(), tiny.processor, answers=1).answer_slots
+    slots = plan_rows(build(), tiny.processor, DataConfig(), answers=1).layout.answer_slots
     for one, outcome in zip(records, outcomes, strict=True):
         assert (outcome.rejected, outcome.iteration) == paper(one, RECORDS[one.id][0], slots, draw), one.id
 
