@@ -42,7 +42,7 @@ def test_five_steps(tmp_path, name, method):
         "launch/train.py", "--config", "configs/base.py", f"--config.model.path={base}", f"--config.data.path={file}",
         "--config.data.format=rlaif_v", "--config.train.steps=5", "--config.train.batch_size=2", "--config.train.log_every=1",
         "--config.optimizer.learning_rate=1e-3", "--config.report.gallery=0", "--config.report.tensorboard=False",
-        *METHODS[method], "--workdir", tmp_path / "run",
+        f"--config.data.buckets={2 if method == 'dpo' else 1}", *METHODS[method], "--workdir", tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

@@ -10,7 +10,7 @@ from mmalign_jax.hf.families import FAMILIES
 from mmalign_jax.verify.compare import compare
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_family_is_compared(tmp_path):
     """One variant of each; a row of words is left out only where transformers' processor takes none."""
     before, seen = torch.get_num_threads(), set()
