@@ -36,6 +36,12 @@ def test_old_and_new_spelling_of_rotary_scaling():
     assert read(old).decoder.rope == read(new).decoder.rope == expected
 
 
+def test_dynamic_scaling_is_the_default_up_to_the_positions_that_rows_may_have():
+    scaled = changed(text_config={"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 77})
+    decoder = read(scaled).decoder
+    assert decoder.rope.kind == "default" and decoder.max_positions == 77
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
