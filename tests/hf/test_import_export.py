@@ -57,6 +57,25 @@ def test_untrained_round_trip_is_byte_identical(tmp_path, layout, dtype, shards)
     reload(out)
 
 
+def test_names_of_llavas_own_code_are_read_and_written(tmp_path):
+    base = tiny_llava(tmp_path / "base")
+    expected = load_params(base, read_config(base))
+    own = {
+        "language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "vision_tower.": "model.vision_tower.vision_tower.",
+        "multi_modal_projector.linear_1.": "model.mm_projector.0.", "multi_modal_projector.linear_2.": "model.mm_projector.2.",
+    }  # fmt: skip
+
+    def rename(found):
+        for name in list(found):
+            prefix = next(prefix for prefix in own if name.startswith(prefix))
+            found[own[prefix] + name.removeprefix(prefix)] = found.pop(name)
+
+    edit(base, rename)
+    params = load_params(base, read_config(base))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    same_bytes(tensors(base), tensors(export(params, base, tmp_path / "out")))
+
+
 SIZES = {
     "odd": dict(text={"hidden_size": 21, "head_dim": 10, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 33}),
     "biases": dict(text={"attention_bias": True, "mlp_bias": True}, multimodal_projector_bias=False),
