@@ -19,10 +19,12 @@ from mmalign_jax.models.tree import LeafPath, union
 from mmalign_jax.report.console import Console
 from mmalign_jax.report.metrics import MetricsWriter
 from mmalign_jax.training.checkpoint import Checkpoints, abstract_policy, abstract_state
-from mmalign_jax.training.flops import mfu, step_flops
+from mmalign_jax.training.flops import Work, mfu, step_flops
+from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
+from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.signals import StopRequest
-from mmalign_jax.training.step import LossFunction, init_state, make_train_step, zero_gradients
+from mmalign_jax.training.step import init_state, make_train_step, zero_gradients
 from mmalign_jax.training.trainable import Trainable, describe
 from mmalign_jax.types import PairBatch, TrainState
 
@@ -54,13 +56,17 @@ def train(
     mesh: Mesh,
     sizes: MllmConfig,
     loss: LossFunction,
+    reference: Reference,
     load_params: Callable[[str, Callable[[LeafPath], bool]], dict],
     batches: Batches,
     console: Console,
+    rows_per_epoch: int = 0,
 ) -> Trained:
     """Trains until `config.train.steps`, or goes on from the newest checkpoint of `workdir`.
 
     Args:
+      reference: of this config, objective and rule.
+      rows_per_epoch: rows of the data set, for what changes by epoch.
       load_params: reads leaves of the SFT model's tree, chosen by path, in the type given by name, in their shards: policy at step 0,
         and reference.
 
@@ -68,12 +74,13 @@ def train(
       UserError: a step's loss is not finite (with the step and the rows' record keys), or a checkpoint cannot be read.
     """
     optimizer, schedule = make_optimizer(config.optimizer, config.train.steps), make_schedule(config.optimizer, config.train.steps)
+    objective = loss.objective
     kept = config.model.reference_dtype
     kept = loss.model.dtype if kept == "auto" else kept
     rule = Trainable.of(config, sizes)
     with jax.set_mesh(mesh):
         like, _ = rule.split(abstract_policy(sizes, mesh))
-        step = make_train_step(loss, optimizer, schedule)
+        step = make_train_step(loss, optimizer, schedule, follow=reference.follow, rows_per_epoch=rows_per_epoch)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         writer = MetricsWriter(
             workdir, config.report.tensorboard, config.report.wandb, dataclasses.asdict(config), enabled=jax.process_index() == 0
@@ -81,23 +88,26 @@ def train(
         try:
             with writer:
                 with console.phase("Loading reference and frozen parts"):
-                    copied = rule.in_reference if loss.objective.needs_reference else lambda path: False
-                    reference, frozen = rule.split(load_params(kept, lambda path: copied(path) or not rule.trains(path)))
-                    reference = reference if loss.objective.needs_reference else None
+                    theirs, frozen = rule.split(load_params(kept, lambda path: reference.copied(path) or not rule.trains(path)))
+                    moving = theirs if reference.follow else {}
+                    # computed in every step, though all its leaves may be the policy's frozen ones
+                    theirs = theirs if reference.kind in ("live", "adapter_off") else None
                 # either a new state or a saved one: both at once would take twice the memory of parameters and moments
                 if checkpoints.latest is None:
                     with console.phase("Loading policy"):
-                        state = init_state(load_params("float32", rule.trains), frozen, optimizer, config.train.seed)
+                        state = init_state(load_params("float32", rule.trains), frozen, optimizer, config.train.seed, objective, moving)
                 else:
                     with console.phase("Reading the checkpoint"):
-                        state, position = checkpoints.restore(abstract_state(like, optimizer, mesh), frozen)
+                        moving = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), moving)
+                        state, position = checkpoints.restore(abstract_state(like, optimizer, mesh, objective, moving), frozen)
                     batches.set_state(position)
                     console.line(f"Going on from the checkpoint of step {int(state.step)}")
                 start = int(state.step)
                 writer.truncate_after(start)
+                work = Work.of(objective, live_reference=reference.kind in ("live", "adapter_off", "ema"))
                 with StopRequest() as stop:
-                    run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop)
-                    state = run(state, reference, start)
+                    run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop, work)
+                    state = run(state, theirs, start)
         finally:
             checkpoints.close()
     name = "" if stop.signal is None or int(state.step) >= config.train.steps else stop.signal.name
@@ -119,6 +129,7 @@ class _Run:
     writer: MetricsWriter
     console: Console
     stop: StopRequest
+    work: Work
 
     def __call__(self, state: TrainState, reference: dict | None, start: int) -> TrainState:
         steps = self.config.train.steps
@@ -170,10 +181,8 @@ class _Run:
 
     def _flops(self, batch: PairBatch) -> float:
         """Of a step on these rows of this process, as if all processes had rows of this shape: they do."""
-        objective = self.loss.objective
-        needed = {"reference": objective.needs_reference, "other_image": objective.needs_other_image}
         rows = self.config.train.batch_size / (batch.tokens.shape[0] * batch.tokens.shape[1])
-        return rows * step_flops(self.sizes, batch, **needed, freeze=self.rule.frozen)
+        return rows * step_flops(self.sizes, batch, work=self.work, freeze=self.rule.frozen)
 
     def _speed(self, seconds: float, waiting: float, flops: float) -> dict[str, float]:
         """Means over the steps since the last log, compilation of new shapes included."""
