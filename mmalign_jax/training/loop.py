@@ -25,6 +25,7 @@ from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.signals import StopRequest
 from mmalign_jax.training.step import init_state, make_train_step, zero_gradients
+from mmalign_jax.training.step_zero import MOST, largest_log_ratio
 from mmalign_jax.training.trainable import Trainable, describe
 from mmalign_jax.types import PairBatch, TrainState
 
@@ -106,7 +107,8 @@ def train(
                 writer.truncate_after(start)
                 work = Work.of(objective, live_reference=reference.kind in ("live", "adapter_off", "ema"))
                 with StopRequest() as stop:
-                    run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop, work)
+                    cached = reference.kind == "cached"
+                    run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop, work, cached)
                     state = run(state, theirs, start)
         finally:
             checkpoints.close()
@@ -130,6 +132,7 @@ class _Run:
     console: Console
     stop: StopRequest
     work: Work
+    cached: bool
 
     def __call__(self, state: TrainState, reference: dict | None, start: int) -> TrainState:
         steps = self.config.train.steps
@@ -148,6 +151,8 @@ class _Run:
                 self.console.line(f"Step {number + 1} has rows of a shape that is new, {batch.tokens.shape[-1]} slots: it compiles")
             shapes.add(shape)
             device_batch = to_device(batch, self.mesh)
+            if number == 0 and self.cached:
+                self._compare(state, device_batch)
             state, metrics = self.step(state, reference, device_batch)
             # the step before has ended by now: looking at it does not hold the device up
             if in_flight is not None:
@@ -198,6 +203,15 @@ class _Run:
             raise UserError(
                 f"step {number + 1}: loss {value}, gradient norm {float(metrics['grad_norm'])}. The state is not saved; the newest checkpoint "
                 f"is from before. Lower config.optimizer.learning_rate, or look at the rows with record keys {keys}"
+            )
+
+    def _compare(self, state: TrainState, batch: PairBatch) -> None:
+        """Warns when the policy, before its first step, is not what the reference's log-probs were computed from."""
+        apart = largest_log_ratio(self.loss, state, batch)
+        if not apart < MOST:
+            self.console.line(
+                f"WARNING: before the first step, policy and cached reference are up to {apart:.2g} nats an answer apart, more than {MOST:g}: they "
+                "are computed differently. Use float32 (config.model.compute_dtype) or a live reference (config.reference.kind)"
             )
 
     def _census(self, state: TrainState, reference: dict | None, batch: PairBatch, silent: int) -> None:
