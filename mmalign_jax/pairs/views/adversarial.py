@@ -19,7 +19,8 @@ def pgd(source: Source, eps: float = 2.0, steps: int = 10) -> Float32[Array, "B 
     long its steps are; 2.5 eps / steps is Madry et al.'s (1706.06083).
 
     phi is `source.features`, phi_org(x) is `source.target`, or phi(x) when there is none. The result is a constant: no gradient flows
-    into the pixels, nor into what `features` closes over.
+    into the pixels, nor into what `features` closes over. Where a gradient is nothing but rounding, its sign, and so a step, may differ
+    between meshes and compilers.
     """
     start = jax.lax.stop_gradient(source.pixels)
     # parameters that are being differentiated become arguments here, so that nothing is differentiated twice through the loop

@@ -18,16 +18,18 @@ def colour_jitter(
     order is always brightness, contrast, saturation, hue; torchvision draws it. Each of them clips to 0..255; an amount of 0 leaves it out.
     """
     uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (4,))))(source.keys)
-    factor = [
-        max(0.0, 1 - amount) + (1 + amount - max(0.0, 1 - amount)) * uniform[..., i] for i, amount in enumerate((brightness, contrast, saturation))
-    ]
+
+    def factor(place: int, amount: float) -> Float32[Array, "B M"]:
+        low = max(0.0, 1 - amount)
+        return low + (1 + amount - low) * uniform[..., place]
+
     out = source.pixels
     if brightness:
-        out = adjust_brightness(out, factor[0])
+        out = adjust_brightness(out, factor(0, brightness))
     if contrast:
-        out = adjust_contrast(out, factor[1], source)
+        out = adjust_contrast(out, factor(1, contrast), source)
     if saturation:
-        out = adjust_saturation(out, factor[2])
+        out = adjust_saturation(out, factor(2, saturation))
     if hue:
         out = adjust_hue(out, hue * (2 * uniform[..., 3] - 1))
     return out

@@ -45,18 +45,13 @@ def program(images, others, records, extent, seed):
 
 
 def everything(images, others, records, extent=None, seed=SEED):
-    return program(jnp.asarray(images), jnp.asarray(others), records, extent, seed)
-
-
-@pytest.fixture(scope="module")
-def whole():
-    return jax.device_get(everything(IMAGES, OTHERS, RECORDS))
+    """Of float32 pixels: neither rounded nor clipped."""
+    return program(jnp.asarray(images, jnp.float32), jnp.asarray(others, jnp.float32), records, extent, seed)
 
 
 @pytest.fixture(scope="module")
 def exact():
-    """Of float32 pixels: neither rounded nor clipped."""
-    return jax.device_get(everything(IMAGES.astype(np.float32), OTHERS.astype(np.float32), RECORDS))
+    return jax.device_get(everything(IMAGES, OTHERS, RECORDS))
 
 
 def close(got, expected, text):
@@ -69,15 +64,26 @@ def close(got, expected, text):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_types_and_sizes(whole, exact, text):
-    assert whole[text].shape == exact[text].shape == IMAGES.shape
-    assert whole[text].dtype == (np.float32 if text.startswith("pgd") else np.uint8)
-    assert exact[text].dtype == np.float32
-    # uint8 is the float result, rounded and clipped: the draws are the same
-    np.testing.assert_allclose(whole[text], np.clip(exact[text], 0, 255), atol=0 if text.startswith("pgd") else 0.5 + 1e-3)
-    changed = np.mean(whole[text].reshape(B * M, -1) != IMAGES.reshape(B * M, -1), axis=-1)
+def test_every_view_but_identity_changes_every_picture(exact, text):
+    out = exact[text]
+    assert out.shape == IMAGES.shape and np.all(np.isfinite(out))
+    changed = np.mean(out.reshape(B * M, -1) != IMAGES.reshape(B * M, -1), axis=-1)
     assert np.all(changed == 0) if text == "identity" else np.all(changed > 0.1), changed
-    assert np.all(np.isfinite(exact[text]))
+
+
+@pytest.mark.parametrize("type_", [jnp.uint8, jnp.bfloat16, jnp.float32])
+def test_types(type_):
+    images = jax.ShapeDtypeStruct(IMAGES.shape, type_)
+    for text, out in jax.eval_shape(program, images, images, RECORDS, None, SEED).items():
+        expected = jnp.uint8 if type_ == jnp.uint8 and not text.startswith("pgd") else jnp.float32
+        assert (out.shape, out.dtype) == (IMAGES.shape, expected), text
+
+
+def test_uint8_is_rounded_and_clipped_and_draws_the_same(exact):
+    for text in ("diffusion(500)", "random_crop"):
+        out = quick_jit(lambda images, text=text: VIEWS[text].apply(images, views.row_keys(SEED, RECORDS, 0), **STATISTICS))(jnp.asarray(IMAGES))
+        assert out.dtype == jnp.uint8
+        np.testing.assert_allclose(out, np.clip(exact[text], 0, 255), atol=0.5 + 1e-3)
 
 
 @pytest.mark.parametrize("text", RANDOM)
@@ -129,10 +135,10 @@ def test_canvases_without_a_picture_stay_as_they_are():
         np.testing.assert_array_equal(out[text], images, err_msg=text)
 
 
-def test_other_records_and_seeds_draw_otherwise(whole):
+def test_other_records_and_seeds_draw_otherwise(exact):
     for out in (everything(IMAGES, OTHERS, RECORDS[::-1]), everything(IMAGES, OTHERS, RECORDS, seed=jax.random.key(4))):
         for text in TEXTS:
-            changed = [np.any(a != b) for a, b in zip(np.asarray(out[text]), whole[text], strict=True)]
+            changed = [np.any(a != b) for a, b in zip(np.asarray(out[text]), exact[text], strict=True)]
             # two images in the same two of four cells
             assert sum(changed) >= (B - 2 if text == "collage" else B) if VIEWS[text].random else not any(changed), text
 
