@@ -23,7 +23,8 @@ def pgd(source: Source, eps: float = 2.0, steps: int = 10) -> Float32[Array, "B 
     between meshes and compilers.
     """
     start = jax.lax.stop_gradient(source.pixels)
-    # parameters that are being differentiated become arguments here, so that nothing is differentiated twice through the loop
+    # Parameters that are being differentiated become arguments here, and constants. Otherwise the loop, and in it the tower's gradient,
+    # would be differentiated only to be thrown away, which attention kernels refuse: they have no second derivative.
     features, closed_over = jax.closure_convert(source.features, start)
     closed_over = jax.lax.stop_gradient(closed_over)
     target = jax.lax.stop_gradient(features(start, *closed_over) if source.target is None else source.target)
