@@ -188,13 +188,36 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+    """Signs of over-optimisation; see `training.monitors`."""
+
+    every: int = setting(50, min=0, help="steps between two measurements, from the first step on; shorter runs have none; 0: never")
+    temperature: float = setting(1.0, min=0.0, help="of the policy's own answers")
+
+
+@dataclasses.dataclass(frozen=True)
+class StopConfig:
+    """When a run ends before its last step, see `training.stopper`. By default none of the rules is on."""
+
+    kl_budget: float = setting(0.0, min=0.0, help="most nats of the policy's own answers from the reference (monitor/kl_on_policy); 0: off")
+    displacement: bool = setting(False, help="stop when chosen answers collapse: over half displaced, by more than 0.1 nats a token")
+    length_ratio: float = setting(0.0, min=0.0, help="most growth of the policy's own answers, such as 1.5; 0: off")
+    grad_weight: float = setting(0.0, min=0.0, max=1.0, help="stop when the pairs' mean gradient weight is below, such as 0.05; 0: off")
+    patience: int = setting(0, min=0, help="probes without a better score (eval.probe_every); 0: off")
+    window: int = setting(5, min=1, help="logged steps that a rule looks at")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What a run measures before and after training, on the built-in world. Other benchmarks: launch/evaluate.py."""
+    """What a run measures before, during and after training, on the built-in world. Other benchmarks: launch/evaluate.py."""
 
     benchmarks: tuple[str, ...] = setting((), choices=("pope", "chair"))
     batch_size: int = setting(64, min=1)
     max_new_tokens: int = setting(64, min=1)
     before: bool = setting(True, help="also measure the model at step 0")
+    probe_every: int = setting(0, min=0, help="steps between two probes of eval.probe_pictures pictures of the counterfactual split; 0: none")
+    probe_pictures: int = setting(50, min=1)
+    chair_weight: float = setting(1.0, min=0.0, help="probe/score = F1 of POPE - chair_weight * CHAIR_i")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +253,8 @@ class Config:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    stop: StopConfig = StopConfig()
     eval: EvalConfig = EvalConfig()
     report: ReportConfig = ReportConfig()
     export: ExportConfig = ExportConfig()
@@ -257,6 +282,10 @@ def _check_across(config: Config) -> None:
     if config.train.batch_size % config.train.accumulate:
         raise UserError(f"config.train.accumulate: {config.train.accumulate} does not divide config.train.batch_size = {config.train.batch_size}")
     _check_parts(config)
+    if (config.stop.kl_budget or config.stop.length_ratio) and not 0 < config.monitor.every <= config.train.steps:
+        raise UserError("config.monitor.every: config.stop reads what the monitor measures; set it between 1 and config.train.steps")
+    if config.stop.patience and not config.eval.probe_every:
+        raise UserError("config.eval.probe_every: config.stop.patience counts probes; set how often they are made")
     if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.answers < 2:
         raise UserError(
             f"config.pairs.when: {config.objective.name} reads no rejected answers, so online pairs have no use; set config.pairs.maker to none"

@@ -21,7 +21,7 @@ from mmalign_jax.data.other_images import OtherImages
 from mmalign_jax.data.plan import LeftOut, Records, RowPlan, plan_rows
 from mmalign_jax.data.sources import scenes
 from mmalign_jax.errors import UserError
-from mmalign_jax.evaluation import gallery, world
+from mmalign_jax.evaluation import gallery, pope, world
 from mmalign_jax.evaluation.generate import Generator
 from mmalign_jax.files import write_json
 from mmalign_jax.hf.pretrained import Pretrained
@@ -33,10 +33,12 @@ from mmalign_jax.report.environment import environment
 from mmalign_jax.report.html import write_report
 from mmalign_jax.report.records import GalleryItem, ScoreRow, SkippedRow, score_cells
 from mmalign_jax.run_export import export_run
+from mmalign_jax.sampling import DecodeOptions
 from mmalign_jax.scenes.model import write_initial
 from mmalign_jax.training.cached_reference import CachedReference
 from mmalign_jax.training.loop import Batches, Trained, train
 from mmalign_jax.training.loss import LossFunction
+from mmalign_jax.training.monitors import Monitor
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import PairBatch
@@ -109,11 +111,11 @@ class _Run:
         after = self._measure("after", tests, trained.params)
         if c.export.enabled:
             with self.console.phase("Exporting to Hugging Face"):
-                out = export_run(c, self.workdir, self.policy, trained.params, c.train.steps, self.workdir / "export")
+                out = export_run(c, self.workdir, self.policy, trained.params, trained.step, self.workdir / "export")
             self.console.line(f"Exported to {out}")
         with self.console.phase("Writing the report"):
             scores = world.rows(before, after) if after else []
-            self._report(scores, self._gallery(records, plan, trained.params))
+            self._report(scores, self._gallery(records, plan, trained.params), trained)
         self._print(scores)
         return 0
 
@@ -214,15 +216,38 @@ class _Run:
 
     def _train(self, batches: Batches, plan: RowPlan) -> Trained:
         p = self.policy
-        return train(self.config, self.workdir, p.mesh, p.sizes, self.loss, self.reference, p.params, batches, self.console, len(plan.items))
+        c, slots = self.config, plan.layout.answer_slots
+        options = DecodeOptions(slots, c.monitor.temperature, stop_ids=p.processor.eos_ids, banned_ids=p.processor.banned_ids)
+        measures = {"monitor": Monitor(p.model, options), "probe": self._probe()}
+        return train(c, self.workdir, p.mesh, p.sizes, self.loss, p.params, batches, self.console, len(plan.items), **measures)
+
+    def _probe(self) -> Callable[[dict], dict[str, float]] | None:
+        """Scores of a few pictures that break the habit, for a look during training."""
+        c = self.config
+        if not c.eval.probe_every:
+            return None
+        self._check_world("config.eval.probe_every")
+        test = world.make_tests(dataclasses.replace(c.scenes, test=c.eval.probe_pictures), ("pope", "chair"))[0]
+
+        def probe(params: dict) -> dict[str, float]:
+            with jax.set_mesh(self.policy.mesh):
+                found = world.measure((test,), lambda records: self.generator(params, records))[test.name]
+            of_pope, of_chair = found["pope"][pope.MEAN], found["chair"]
+            scores = {"pope_f1": of_pope["f1"]["value"], "chair_i": of_chair["chair_i"]["value"], "recall": of_chair["recall"]["value"]}
+            return {"score": scores["pope_f1"] - c.eval.chair_weight * scores["chair_i"], **scores}
+
+        return probe
 
     def _tests(self) -> tuple[world.WorldTest, ...]:
         c = self.config
         if not c.eval.benchmarks:
             return ()
-        if c.data.format != "scenes":
-            raise UserError("config.eval.benchmarks: during a run only the built-in world is measured (data.format = 'scenes'); leave it empty")
+        self._check_world("config.eval.benchmarks")
         return world.make_tests(c.scenes, c.eval.benchmarks)
+
+    def _check_world(self, setting: str) -> None:
+        if self.config.data.format != "scenes":
+            raise UserError(f"{setting}: during a run only the built-in world is measured (data.format = 'scenes'); leave it empty")
 
     def _measure(self, when: str, tests: tuple[world.WorldTest, ...], params: dict | None = None) -> dict | None:
         """Scores of the model before or after training, kept in WORKDIR/eval."""
@@ -246,11 +271,12 @@ class _Run:
             after = self.generator(params, shown)
         return gallery.items(shown, before, after, self.config.data)
 
-    def _report(self, scores: Sequence[ScoreRow], shown: Sequence[GalleryItem]) -> None:
+    def _report(self, scores: Sequence[ScoreRow], shown: Sequence[GalleryItem], trained: Trained) -> None:
         if jax.process_index() == 0:
-            write_json(self.workdir / "summary.json", _summary(self.config, scores))
+            write_json(self.workdir / "summary.json", _summary(self.config, scores, trained))
+            notes = (f"Stopped at step {trained.step} of {self.config.train.steps}: {trained.reason}.",) if trained.reason else ()
             title = f"{self.config.objective.name} on {self.policy.path.name}"
-            content = {"scores": scores, "gallery": shown, "skipped": self.skipped, "environment": environment()}
+            content = {"scores": scores, "gallery": shown, "skipped": self.skipped, "environment": environment(), "notes": notes}
             write_report(self.workdir, title=title, config=to_mapping(self.config), **content)
 
     def _print(self, scores: Sequence[ScoreRow]) -> None:
@@ -314,7 +340,7 @@ def _not_fitting(left_out: Sequence[LeftOut]) -> list[SkippedRow]:
     return [SkippedRow("records", row.record_id, f"{row.policy}: {row.problem}") for row in left_out]
 
 
-def _summary(config: Config, scores: Sequence[ScoreRow]) -> dict:
+def _summary(config: Config, scores: Sequence[ScoreRow], trained: Trained) -> dict:
     plain = lambda score: None if score is None else dataclasses.asdict(score)  # noqa: E731
     rows = [{"group": row.group, "name": row.name, "before": plain(row.before), "after": plain(row.after)} for row in scores]
-    return {"objective": config.objective.name, "steps": config.train.steps, "scores": rows}
+    return {"objective": config.objective.name, "steps": trained.step, "stopped": trained.reason, "scores": rows}

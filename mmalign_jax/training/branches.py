@@ -4,12 +4,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mmalign_jax import losses, mesh
 from mmalign_jax.losses import AnswerLogps, TokenStats
 from mmalign_jax.models.mllm import Mllm
-from mmalign_jax.types import FIRST_ANSWER, PAD, PairBatch
+from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX, PairBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +64,47 @@ def branch_logps(side: Side, tower: Float[Array, "B F Z"], batch: PairBatch) -> 
     return logps.policy, logps.lengths
 
 
-def with_mismatched(batch: PairBatch) -> PairBatch:
-    """The rows `[*A, B]` with one more answer: the chosen one of the next row, behind this row's own images and prompt (KTO's partner).
+def with_answer(
+    batch: PairBatch, tokens: Int[Array, "*A B R"], scored: Bool[Array, "*A B R"], weight: Float[Array, "*A B R"]
+) -> PairBatch:
+    """The rows with one more answer behind their own images and prompt, as the last one: its prefix costs nothing.
 
-    It is scored as the row's last answer, so that its prefix costs nothing. The next row is that of the whole step.
+    Args:
+      tokens: R may be any number of slots if the rows have no answer so far.
+      scored: which of them are there.
     """
+    p, r = batch.prefix_slots, tokens.shape[-1]
+    offset, last = jnp.arange(r), FIRST_ANSWER + (batch.answers if batch.tokens.shape[-1] > p else 0)
+    prefix = batch.role[..., :p] == PREFIX
+    # every answer goes on where the prefix ends
+    start = jnp.max(jnp.where(prefix, batch.positions[..., :p], -1), axis=-1, keepdims=True) + 1
+
+    def behind(values: Array, filler: Array) -> Array:
+        return jnp.concatenate([values, filler.astype(values.dtype)], axis=-1)
+
+    more = {
+        "tokens": behind(batch.tokens, jnp.where(scored, tokens, 0)),
+        "role": behind(batch.role, jnp.where(scored, last, PAD)),
+        "positions": behind(batch.positions, jnp.where(scored, start + offset, 0)),
+        "image_index": behind(batch.image_index, jnp.full_like(tokens, -1)),
+        "token_weight": behind(batch.token_weight, weight),
+    }
+    if batch.mrope is not None:
+        turning = jnp.max(jnp.where(prefix[..., None, :], batch.mrope[..., :p], -1), axis=(-2, -1), keepdims=True) + 1 + offset
+        turning = jnp.broadcast_to(turning, (*batch.mrope.shape[:-1], r))
+        more["mrope"] = behind(batch.mrope, jnp.where(scored[..., None, :], turning, 0))
+    if batch.changed is not None:
+        more["changed"] = behind(batch.changed, jnp.zeros_like(scored))
+    return dataclasses.replace(batch, answer_slots=r, **more)
+
+
+def prompts(batch: PairBatch) -> PairBatch:
+    """The rows without their answers."""
+    return batch.first_answers(0)
+
+
+def with_mismatched(batch: PairBatch) -> PairBatch:
+    """The rows `[*A, B]` with the chosen answer of the next row, of the whole step, as their last one (KTO's partner)."""
     p, r = batch.prefix_slots, batch.answer_slots
 
     def next_row(values: Array) -> Array:
@@ -78,23 +114,4 @@ def with_mismatched(batch: PairBatch) -> PairBatch:
         rolled = jnp.roll(chosen.reshape(-1, r), -1, axis=0).reshape(chosen.shape)
         return mesh.constrain(rolled, *axes)
 
-    tokens, scored, weight = next_row(batch.tokens), next_row(batch.role) == FIRST_ANSWER, next_row(batch.token_weight)
-    offset = jnp.arange(r)
-
-    def behind(values: Int[Array, "*A B T"], filler: Array) -> Array:
-        return jnp.concatenate([values, filler.astype(values.dtype)], axis=-1)
-
-    start = batch.positions[..., p : p + 1]  # every answer goes on where the prefix ends
-    more = {
-        "tokens": behind(batch.tokens, tokens),
-        "role": behind(batch.role, jnp.where(scored, FIRST_ANSWER + batch.answers, PAD)),
-        "positions": behind(batch.positions, jnp.where(scored, start + offset, 0)),
-        "image_index": behind(batch.image_index, jnp.full_like(tokens, -1)),
-        "token_weight": behind(batch.token_weight, weight),
-    }
-    if batch.mrope is not None:
-        turning = batch.mrope[..., p : p + 1] + offset
-        more["mrope"] = jnp.concatenate([batch.mrope, jnp.where(scored[..., None, :], turning, 0)], axis=-1)
-    if batch.changed is not None:
-        more["changed"] = behind(batch.changed, jnp.zeros_like(scored))
-    return dataclasses.replace(batch, **more)
+    return with_answer(batch, next_row(batch.tokens), next_row(batch.role) == FIRST_ANSWER, next_row(batch.token_weight))

@@ -23,3 +23,14 @@ def largest_log_ratio(loss: LossFunction, state: TrainState, batch: PairBatch) -
         return jnp.max(jax.lax.map(of, batch))
 
     return float(largest(state.params, state.frozen, batch, state.key))
+
+
+def differs_from_cache(loss: LossFunction, state: TrainState, batch: PairBatch) -> str:
+    """What is wrong, for a reader, where the policy is not yet trained and is not what the reference was computed from; "" where it is."""
+    apart = largest_log_ratio(loss, state, batch)
+    if apart < MOST:
+        return ""
+    return (
+        f"before the first step, policy and cached reference are up to {apart:.2g} nats an answer apart, more than {MOST:g}, so they are computed "
+        "differently. Use float32 (config.model.compute_dtype) or a live reference (config.reference.kind)"
+    )

@@ -36,9 +36,8 @@ from mmalign_jax.report.console import Console
 from mmalign_jax.training.cache_key import differences, model_key
 from mmalign_jax.training.cached_reference import CachedReference
 from mmalign_jax.training.loss import LossFunction
-from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.step import init_state
-from mmalign_jax.training.step_zero import MOST, largest_log_ratio
+from mmalign_jax.training.step_zero import differs_from_cache, largest_log_ratio
 from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import Media, Response
 
@@ -240,11 +239,10 @@ def test_at_step_0_the_two_are_alike_and_a_difference_is_seen(policy, cache):
     shifted[0, 0, 1] += 0.02
     with jax.set_mesh(policy.mesh):
         state = init_state(*some.rule.split(policy.params()), optax.sgd(0.1), seed=3)
-        apart = [
-            largest_log_ratio(some.loss, state, to_device(rows, policy.mesh))
-            for rows in (batch, dataclasses.replace(batch, reference_other_logps=shifted))
-        ]
-    assert apart[0] < 1e-4 < MOST and apart[1] == pytest.approx(0.02, abs=1e-4)
+        batches = [to_device(rows, policy.mesh) for rows in (batch, dataclasses.replace(batch, reference_other_logps=shifted))]
+        assert largest_log_ratio(some.loss, state, batches[0]) < 1e-4
+        found = differs_from_cache(some.loss, state, batches[1])
+    assert found.startswith("before the first step, policy and cached reference are up to 0.02 nats an answer apart, more than 0.01")
 
 
 def changed_file(directory, name, change):
@@ -341,35 +339,6 @@ def test_another_view_and_another_seed_are_refused_by_the_field(policy, cache):
 def test_two_adapters_are_told_apart(policy, adapters):
     one, two = (model_key(adapted(policy, model={"adapter": str(directory)}), "float32") for directory in adapters)
     assert differences(one, two) == ["adapter (adapter_model.safetensors)"]
-
-
-@pytest.mark.parametrize(
-    ("name", "groups", "message"),
-    [
-        ("mdpo", {"train": {"redraw_views": "epoch"}}, "config.train.redraw_views: random_crop.* is drawn anew in every epoch"),
-        ("adpo", {}, r"config.reference.kind: pgd.* depends on the policy"),
-        ("kto", {}, "config.reference.kind: .* kto scores answers of other rows"),
-        ("tdpo", {}, "config.reference.kind: .* tdpo reads the reference's whole distribution"),
-        ("chip", {}, "config.reference.kind: .* chip reads the reference's whole distribution"),
-        ("povid", {}, "config.reference.kind: .* povid scores what the policy says"),
-        ("v_dpo", {}, "config.reference.kind: .* v_dpo scores answers without their images"),
-        ("simpo", {}, "config.reference.kind: simpo compares with no reference"),
-    ],
-)
-def test_what_cannot_be_cached_is_refused(policy, name, groups, message):
-    config = settings(objective={"name": name}, **groups)
-    with pytest.raises(UserError, match=message):
-        Reference.of(config, Trainable.of(config, policy.sizes), losses.build(name))
-
-
-def test_online_pairs_are_refused():
-    with pytest.raises(UserError, match="config.reference.kind: pairs that are made online"):
-        settings(pairs={"maker": "bdhs", "when": "online"})
-
-
-def test_a_view_without_draws_may_be_redrawn(policy):
-    config = settings(objective={"name": "mdpo", "view": "black"}, train={"redraw_views": "epoch"})
-    assert Reference.of(config, Trainable.of(config, policy.sizes), losses.build("mdpo", view="black")).kind == "cached"
 
 
 def test_a_sweep_that_was_killed_goes_on_where_it_was(policy, cache, tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from mmalign_jax import losses
 from mmalign_jax.config import OptimizerConfig
 from mmalign_jax.data.device import to_device
 from mmalign_jax.mesh import make_mesh
-from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.loss import LossFunction, Moment
+from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.step import init_state, make_train_step
 from mmalign_jax.types import PAD
 
