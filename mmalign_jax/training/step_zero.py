@@ -25,9 +25,8 @@ def largest_log_ratio(loss: LossFunction, state: TrainState, batch: PairBatch) -
     return float(largest(state.params, state.frozen, batch, state.key))
 
 
-def differs_from_cache(loss: LossFunction, state: TrainState, batch: PairBatch) -> str:
-    """What is wrong, for a reader, where the policy is not yet trained and is not what the reference was computed from; "" where it is."""
-    apart = largest_log_ratio(loss, state, batch)
+def in_words(apart: float) -> str:
+    """What is wrong with a policy that is so far from its reference before it is trained; "" where nothing is."""
     if apart < MOST:
         return ""
     return (

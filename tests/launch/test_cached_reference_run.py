@@ -42,7 +42,7 @@ def test_a_cached_run_is_a_live_one_and_its_cache_is_shared(tmp_path):
     for name in ("loss", "rewards/margins", "chosen_drift", "grad_norm"):
         assert [line[name] for line in once] == pytest.approx([line[name] for line in live], rel=1e-4, abs=1e-5), name
     said = done.stdout
-    assert said.index("up to 32 tokens of prefix") < said.index("Computing the reference's log-probs ...") < said.index("Loading policy")
+    assert said.index("tokens of prefix") < said.index("Computing the reference's log-probs ...") < said.index("Loading policy")
     assert said.count("Computing the reference's log-probs: done") == 1 and "log-probs under corrupted images: done" in said
     cache = tmp_path / "cached/reference"
     assert sorted(path.name for path in cache.iterdir() if not path.name.startswith(".")) == ["answers", "other_image"]
