@@ -51,7 +51,7 @@ def test_overrides_are_set_and_the_file_is_run_anew(tmp_path):
     [
         ({"objectve.beta": 1.0}, "config.objectve.beta: no such setting. Did you mean config.objective.beta?"),
         ({"steps": 1}, "config.steps: no such setting. Did you mean config.train.steps?"),
-        ({"zzz": 1}, "config.zzz: no such setting. The groups are checkpoint, data,"),
+        ({"zzz": 1}, "config.zzz: no such setting. The groups are auxiliary, checkpoint, data,"),
         ({"train": 1}, "config.train: is a group of settings; set one of config.train.accumulate,"),
         ({"train.steps": "five"}, "config.train.steps: expected int, got 'five'"),
     ],
