@@ -187,7 +187,7 @@ class Point(Term):
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        return (self.branch,)
+        return (self.branch, *self.baseline.branches)
 
     @property
     def needs(self) -> frozenset[Need]:
