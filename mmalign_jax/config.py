@@ -108,7 +108,30 @@ class ObjectiveConfig:
     """The objective and its hyper-parameters; None means the objective's own default. See `mmalign_jax.losses`."""
 
     name: str = setting("dpo")
-    hyperparameters: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def answers(self) -> int:
+        """How many answers of a row the objective reads."""
+        from mmalign_jax import losses  # arrays only; imported late so that reading a config does not load jax
+
+        return losses.build(self.name, **self.hyperparameters).answers
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceConfig:
+    """Where the reference's log-probs come from; see `training.reference`."""
+
+    kind: str = setting(
+        "auto",
+        choices=("auto", "live", "cached", "adapter_off", "ema", "none"),
+        help="live: the SFT model, computed in every step; cached: computed once; adapter_off: the model without its LoRA factors; ema: follows "
+        "the policy (TR-DPO); none: all answers equally likely; auto: what objective and model ask for",
+    )
+    share: float = setting(0.6, above=0.0, max=1.0, help="ema: how much of the policy it becomes")
+    every: int = setting(512, min=1, help="ema: after so many steps each time")
+    cache: str = setting("", help="cached: directory of the log-probs, which runs may share; empty: in the run's directory")
+    batch_size: int = setting(0, min=0, help="cached: rows at a time; 0: train.batch_size / train.accumulate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +165,7 @@ class TrainConfig:
     batch_size: int = setting(8, min=1, help="rows of one optimizer step, over all devices")
     accumulate: int = setting(1, min=1, help="the step's rows are computed in this many parts")
     seed: int = setting(0, min=0)
+    redraw_views: str = setting("never", choices=("never", "epoch"), help="never: a row's corrupted image is the same in all epochs")
     log_every: int = setting(10, min=1)
 
 
@@ -164,13 +188,36 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MonitorConfig:
+    """Signs of over-optimisation; see `training.monitors`."""
+
+    every: int = setting(50, min=0, help="steps between two measurements, from the first step on; shorter runs have none; 0: never")
+    temperature: float = setting(1.0, min=0.0, help="of the policy's own answers")
+
+
+@dataclasses.dataclass(frozen=True)
+class StopConfig:
+    """When a run ends before its last step, see `training.stopper`. By default none of the rules is on."""
+
+    kl_budget: float = setting(0.0, min=0.0, help="most nats of the policy's own answers from the reference (monitor/kl_on_policy); 0: off")
+    displacement: bool = setting(False, help="stop when chosen answers collapse: over half displaced, by more than 0.1 nats a token")
+    length_ratio: float = setting(0.0, min=0.0, help="most growth of the policy's own answers, such as 1.5; 0: off")
+    grad_weight: float = setting(0.0, min=0.0, max=1.0, help="stop when the pairs' mean gradient weight is below, such as 0.05; 0: off")
+    patience: int = setting(0, min=0, help="probes without a better score (eval.probe_every); 0: off")
+    window: int = setting(5, min=1, help="logged steps that a rule looks at")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What a run measures before and after training, on the built-in world. Other benchmarks: launch/evaluate.py."""
+    """What a run measures before, during and after training, on the built-in world. Other benchmarks: launch/evaluate.py."""
 
     benchmarks: tuple[str, ...] = setting((), choices=("pope", "chair"))
     batch_size: int = setting(64, min=1)
     max_new_tokens: int = setting(64, min=1)
     before: bool = setting(True, help="also measure the model at step 0")
+    probe_every: int = setting(0, min=0, help="steps between two probes of eval.probe_pictures pictures of the counterfactual split; 0: none")
+    probe_pictures: int = setting(50, min=1)
+    chair_weight: float = setting(1.0, min=0.0, help="probe/score = F1 of POPE - chair_weight * CHAIR_i")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,10 +247,14 @@ class Config:
     scenes: ScenesConfig = ScenesConfig()
     pairs: PairsConfig = PairsConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    auxiliary: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mesh: MeshConfig = MeshConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    stop: StopConfig = StopConfig()
     eval: EvalConfig = EvalConfig()
     report: ReportConfig = ReportConfig()
     export: ExportConfig = ExportConfig()
@@ -231,8 +282,16 @@ def _check_across(config: Config) -> None:
     if config.train.batch_size % config.train.accumulate:
         raise UserError(f"config.train.accumulate: {config.train.accumulate} does not divide config.train.batch_size = {config.train.batch_size}")
     _check_parts(config)
-    if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.name == "sft":
-        raise UserError("config.pairs.when: sft reads no rejected answers, so online pairs have no use; set config.pairs.maker to none")
+    if (config.stop.kl_budget or config.stop.length_ratio) and not 0 < config.monitor.every <= config.train.steps:
+        raise UserError("config.monitor.every: config.stop reads what the monitor measures; set it between 1 and config.train.steps")
+    if config.stop.patience and not config.eval.probe_every:
+        raise UserError("config.eval.probe_every: config.stop.patience counts probes; set how often they are made")
+    if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.answers < 2:
+        raise UserError(
+            f"config.pairs.when: {config.objective.name} reads no rejected answers, so online pairs have no use; set config.pairs.maker to none"
+        )
+    if config.pairs.maker != "none" and config.pairs.when == "online" and config.reference.kind == "cached":
+        raise UserError("config.reference.kind: pairs that are made online cannot be cached; use live")
     if config.pairs.maker == "bdhs" and config.data.on_long_row == "shorten_answer":
         raise UserError("config.data.on_long_row: pairs (config.pairs.maker) are made from whole references; use error or drop")
     if config.data.format == "scenes" and config.data.path:
@@ -283,7 +342,9 @@ def _objective(values: Mapping[str, Any] | ConfigDict, where: str) -> ObjectiveC
     for key, value in given.items():
         if key not in known:
             raise UserError(f"{where}.{key}: {name} has no such setting.{_nearest(key, known)} Known: {', '.join(known) or 'none'}")
-        given[key] = _value(value, type(known[key]), {}, f"{where}.{key}")
+        hint = tuple[float, ...] if isinstance(known[key], tuple) else type(known[key])
+        given[key] = _value(value, hint, {}, f"{where}.{key}")
+    losses.build(name, **given)  # ranges, and what hyper-parameters do not go together
     return ObjectiveConfig(name=name, hyperparameters=given)
 
 

@@ -40,6 +40,9 @@ def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config
     module = load_module(path)
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
+        if callable(getattr(module, "objective", None)):
+            name = Path(path).stem
+            raise UserError(f"{path}: defines an objective; give a config that trains, and --config.objective.name={name}")
         raise UserError(f"{path}: a config file defines get_config()")
     try:
         config = get_config()

@@ -6,24 +6,26 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
 
 from mmalign_jax import losses, run_files
 from mmalign_jax import mesh as mesh_lib
-from mmalign_jax.config import Config, to_mapping
+from mmalign_jax.config import Config, DataConfig, to_mapping
 from mmalign_jax.data import builder
 from mmalign_jax.data.device import process_slice
-from mmalign_jax.data.loader import Loader, make_loader
+from mmalign_jax.data.loader import Extra, Loader, make_loader
+from mmalign_jax.data.other_images import OtherImages
 from mmalign_jax.data.plan import LeftOut, Records, RowPlan, plan_rows
 from mmalign_jax.data.sources import scenes
 from mmalign_jax.errors import UserError
-from mmalign_jax.evaluation import gallery, world
+from mmalign_jax.evaluation import gallery, pope, world
 from mmalign_jax.evaluation.generate import Generator
 from mmalign_jax.files import write_json
 from mmalign_jax.hf.pretrained import Pretrained
+from mmalign_jax.losses import Need
 from mmalign_jax.pairs.offline import make_offline, plan_sampler
 from mmalign_jax.pairs.online import OnlineBatches
 from mmalign_jax.report.console import Console
@@ -31,9 +33,13 @@ from mmalign_jax.report.environment import environment
 from mmalign_jax.report.html import write_report
 from mmalign_jax.report.records import GalleryItem, ScoreRow, SkippedRow, score_cells
 from mmalign_jax.run_export import export_run
+from mmalign_jax.sampling import DecodeOptions
 from mmalign_jax.scenes.model import write_initial
 from mmalign_jax.training.loop import Batches, Trained, train
-from mmalign_jax.training.step import LossFunction
+from mmalign_jax.training.loss import LossFunction
+from mmalign_jax.training.monitors import Monitor
+from mmalign_jax.training.reference import Reference
+from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import PairBatch
 
 T = TypeVar("T")
@@ -82,6 +88,10 @@ class _Run:
     def __post_init__(self):
         c, p = self.config, self.policy
         self.objective = losses.build(c.objective.name, **c.objective.hyperparameters)
+        self.reference = Reference.of(c, Trainable.of(c, p.sizes), self.objective)
+        self.loss = LossFunction(p.model, self.objective, c.train.redraw_views == "epoch", self.reference.free)
+        if self.loss.view is not None:
+            self.console.line(f"Corrupted images: {self.loss.view}")
         self.skipped: list[SkippedRow] = []
         options = {"batch_size": c.eval.batch_size, "max_new_tokens": c.eval.max_new_tokens, "data": c.data}
         self.generator = Generator(p.model, p.processor, p.mesh, **options)
@@ -95,30 +105,33 @@ class _Run:
             records = self._pairs(records)
         batches, plan = self._batches(records)
         self._preflight(records, plan)
-        trained = self._train(batches)
+        trained = self._train(batches, plan)
         if trained.stopped_by:
             return 128 + int(signal.Signals[trained.stopped_by])
         after = self._measure("after", tests, trained.params)
         if c.export.enabled:
             with self.console.phase("Exporting to Hugging Face"):
-                out = export_run(c, self.workdir, self.policy, trained.params, c.train.steps, self.workdir / "export")
+                out = export_run(c, self.workdir, self.policy, trained.params, trained.step, self.workdir / "export")
             self.console.line(f"Exported to {out}")
         with self.console.phase("Writing the report"):
             scores = world.rows(before, after) if after else []
-            self._report(scores, self._gallery(records, plan, trained.params))
+            self._report(scores, self._gallery(records, plan, trained.params), trained)
         self._print(scores)
         return 0
 
     def _records(self) -> builder.RecordSource:
         """The checked records of the data set: opened, drawn or imported."""
-        c, target, source = self.config, self.workdir / "data", None
-        if c.data.format == "scenes":
-            target, source = target / c.data.split, scenes.read(c.scenes, c.data.split)
-        with self.console.phase("Preparing data") as progress:
+        return self._obtain(self.config.data, self.workdir / "data", "Preparing data", counts=self.workdir / run_files.DATA)
+
+    def _obtain(self, data: DataConfig, target: Path, title: str, counts: Path | None = None) -> builder.RecordSource:
+        source = None
+        if data.format == "scenes":
+            target, source = target / data.split, scenes.read(self.config.scenes, data.split)
+        with self.console.phase(title) as progress:
             read = lambda rows, skipped: progress(rows, None)  # noqa: E731
-            prepared = _first_process_first("data", lambda: builder.obtain(c.data, target, source, progress=read))
-        if jax.process_index() == 0:
-            write_json(self.workdir / run_files.DATA, {"records": prepared.count, "skipped": dict(prepared.skipped)})
+            prepared = _first_process_first(target.name, lambda: builder.obtain(data, target, source, progress=read))
+        if counts is not None and jax.process_index() == 0:
+            write_json(counts, {"records": prepared.count, "skipped": dict(prepared.skipped)})
         self.skipped += _skipped(prepared)
         left_out = ", ".join(f"{count} {reason}" for reason, count in prepared.skipped.items())
         self.console.line(f"{prepared.count} records of {prepared.read} rows" + (f"; skipped: {left_out}" if left_out else ""))
@@ -141,16 +154,36 @@ class _Run:
 
     def _batches(self, records: Records) -> tuple[Batches, RowPlan]:
         c, p = self.config, self.policy
-        if c.pairs.maker == "bdhs" and c.pairs.when == "online" and self.objective.answers == 2:
+        if c.pairs.maker == "bdhs" and c.pairs.when == "online":
             sampler, plan = plan_sampler(p, records, c)
             # a rejected answer may be longer than its reference
             slots = min(2 * plan.layout.answer_slots, c.data.answer_tokens or 2 * plan.layout.answer_slots)
-            layout = dataclasses.replace(plan.layout, answers=2, answer_slots=slots)
-            return OnlineBatches(records, p.processor, sampler, plan, layout, c.train), plan
-        plan = plan_rows(records, p.processor, c.data, answers=self.objective.answers)
-        index, count = process_slice(p.mesh)
+            layout = dataclasses.replace(plan.layout, answers=2, answer_slots=slots, mark_changes=Need.CHANGED in self.objective.needs)
+            if self.loss.view is not None and "other_images" in self.loss.view.needs:
+                raise UserError("config.objective.view: other rows' pictures are not at hand for online pairs; choose another view")
+            return self._with_auxiliary(OnlineBatches(records, p.processor, sampler, plan, layout, c.train)), plan
+        plan = plan_rows(records, p.processor, c.data, answers=self.objective.answers, mark_changes=Need.CHANGED in self.objective.needs)
+        extras: list[Extra] = []
+        if self.loss.view is not None and "other_images" in self.loss.view.needs:
+            extras.append(OtherImages(records, p.processor, plan))
+        return self._with_auxiliary(_Offline(self._loader(records, plan, extras))), plan
+
+    def _loader(self, records: Records, plan: RowPlan, extras: Sequence[Extra] = ()) -> Loader:
+        c, (index, count) = self.config, process_slice(self.policy.mesh)
         options = {"batch_size": c.train.batch_size, "accumulate": c.train.accumulate, "seed": c.train.seed, "workers": c.data.workers}
-        return _Offline(make_loader(records, p.processor, plan, process_index=index, process_count=count, **options)), plan
+        return make_loader(records, self.policy.processor, plan, process_index=index, process_count=count, **options, extras=extras)
+
+    def _with_auxiliary(self, batches: Batches) -> Batches:
+        """The batches with rows of the other data set that the objective reads, where it does."""
+        if Need.AUXILIARY not in self.objective.needs:
+            return batches
+        data = self.config.auxiliary
+        if not data.path and data.format != "scenes":
+            raise UserError(f"config.auxiliary.path: {self.objective.name} also reads rows of another data set, such as the SFT data; give it")
+        records = self._obtain(data, self.workdir / "auxiliary", "Preparing the auxiliary data")
+        plan = plan_rows(records, self.policy.processor, data, answers=1)
+        self.skipped += _not_fitting(plan.left_out)
+        return WithAuxiliary(batches, self._loader(records, plan))
 
     def _preflight(self, records: Records, plan: RowPlan) -> None:
         """Says what the model will see, before any of it is computed."""
@@ -176,18 +209,40 @@ class _Run:
                 self.console.line(f"{plan.counts[reason]} rows {reason.replace('_', ' ')}, listed in the report")
         self.skipped += _not_fitting(plan.left_out)
 
-    def _train(self, batches: Batches) -> Trained:
+    def _train(self, batches: Batches, plan: RowPlan) -> Trained:
         p = self.policy
-        loss = LossFunction(p.model, self.objective)
-        return train(self.config, self.workdir, p.mesh, p.sizes, loss, p.params, batches, self.console)
+        c, slots = self.config, plan.layout.answer_slots
+        options = DecodeOptions(slots, c.monitor.temperature, stop_ids=p.processor.eos_ids, banned_ids=p.processor.banned_ids)
+        measures = {"monitor": Monitor(p.model, options), "probe": self._probe()}
+        return train(c, self.workdir, p.mesh, p.sizes, self.loss, p.params, batches, self.console, len(plan.items), **measures)
+
+    def _probe(self) -> Callable[[dict], dict[str, float]] | None:
+        """Scores of a few pictures that break the habit, for a look during training."""
+        c = self.config
+        if not c.eval.probe_every:
+            return None
+        self._check_world("config.eval.probe_every")
+        test = world.make_tests(dataclasses.replace(c.scenes, test=c.eval.probe_pictures), ("pope", "chair"))[0]
+
+        def probe(params: dict) -> dict[str, float]:
+            with jax.set_mesh(self.policy.mesh):
+                found = world.measure((test,), lambda records: self.generator(params, records))[test.name]
+            of_pope, of_chair = found["pope"][pope.MEAN], found["chair"]
+            scores = {"pope_f1": of_pope["f1"]["value"], "chair_i": of_chair["chair_i"]["value"], "recall": of_chair["recall"]["value"]}
+            return {"score": scores["pope_f1"] - c.eval.chair_weight * scores["chair_i"], **scores}
+
+        return probe
 
     def _tests(self) -> tuple[world.WorldTest, ...]:
         c = self.config
         if not c.eval.benchmarks:
             return ()
-        if c.data.format != "scenes":
-            raise UserError("config.eval.benchmarks: during a run only the built-in world is measured (data.format = 'scenes'); leave it empty")
+        self._check_world("config.eval.benchmarks")
         return world.make_tests(c.scenes, c.eval.benchmarks)
+
+    def _check_world(self, setting: str) -> None:
+        if self.config.data.format != "scenes":
+            raise UserError(f"{setting}: during a run only the built-in world is measured (data.format = 'scenes'); leave it empty")
 
     def _measure(self, when: str, tests: tuple[world.WorldTest, ...], params: dict | None = None) -> dict | None:
         """Scores of the model before or after training, kept in WORKDIR/eval."""
@@ -211,11 +266,12 @@ class _Run:
             after = self.generator(params, shown)
         return gallery.items(shown, before, after, self.config.data)
 
-    def _report(self, scores: Sequence[ScoreRow], shown: Sequence[GalleryItem]) -> None:
+    def _report(self, scores: Sequence[ScoreRow], shown: Sequence[GalleryItem], trained: Trained) -> None:
         if jax.process_index() == 0:
-            write_json(self.workdir / "summary.json", _summary(self.config, scores))
+            write_json(self.workdir / "summary.json", _summary(self.config, scores, trained))
+            notes = (f"Stopped at step {trained.step} of {self.config.train.steps}: {trained.reason}.",) if trained.reason else ()
             title = f"{self.config.objective.name} on {self.policy.path.name}"
-            content = {"scores": scores, "gallery": shown, "skipped": self.skipped, "environment": environment()}
+            content = {"scores": scores, "gallery": shown, "skipped": self.skipped, "environment": environment(), "notes": notes}
             write_report(self.workdir, title=title, config=to_mapping(self.config), **content)
 
     def _print(self, scores: Sequence[ScoreRow]) -> None:
@@ -234,6 +290,26 @@ class _Offline:
 
     def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
         return next(self._loader), {}
+
+
+class WithAuxiliary:
+    """Batches, and beside each as many rows of another data set."""
+
+    def __init__(self, batches: Batches, other: Loader):
+        self._batches, self._other = batches, other
+
+    def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
+        batch, made = self._batches.next_batch(params)
+        return dataclasses.replace(batch, auxiliary=next(self._other)), made
+
+    def get_state(self) -> dict[str, Any]:
+        return {"batches": self._batches.get_state(), "auxiliary": self._other.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        if not state.keys() >= {"batches", "auxiliary"}:
+            raise UserError("the saved position in the data is of a run without auxiliary rows; use a new --workdir")
+        self._batches.set_state(state["batches"])
+        self._other.set_state(state["auxiliary"])
 
 
 def _first_process_first(name: str, work: Callable[[], T]) -> T:
@@ -259,7 +335,7 @@ def _not_fitting(left_out: Sequence[LeftOut]) -> list[SkippedRow]:
     return [SkippedRow("records", row.record_id, f"{row.policy}: {row.problem}") for row in left_out]
 
 
-def _summary(config: Config, scores: Sequence[ScoreRow]) -> dict:
+def _summary(config: Config, scores: Sequence[ScoreRow], trained: Trained) -> dict:
     plain = lambda score: None if score is None else dataclasses.asdict(score)  # noqa: E731
     rows = [{"group": row.group, "name": row.name, "before": plain(row.before), "after": plain(row.after)} for row in scores]
-    return {"objective": config.objective.name, "steps": config.train.steps, "scores": rows}
+    return {"objective": config.objective.name, "steps": trained.step, "stopped": trained.reason, "scores": rows}

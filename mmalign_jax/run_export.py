@@ -18,6 +18,7 @@ from mmalign_jax.files import read_json, replace_text
 from mmalign_jax.hf.adapters import export_adapter
 from mmalign_jax.hf.export import export
 from mmalign_jax.hf.pretrained import Pretrained
+from mmalign_jax.losses import Need
 from mmalign_jax.pairs.offline import read_offline
 from mmalign_jax.report import model_card
 from mmalign_jax.report.environment import environment
@@ -74,12 +75,15 @@ def _facts(config: Config, workdir: Path, base: Path, step: int, trained: str) -
     dataset, on_hub = ("the built-in world", False) if config.data.format == "scenes" else _name(Path(config.data.path), "datasets")
     counts, pairs = workdir / run_files.DATA, workdir / run_files.PAIRS
     data = read_json(counts) if counts.exists() else {}
+    objective = losses.build(config.objective.name, **config.objective.hyperparameters)
     made = read_offline(builder.describe(pairs)).statistics if (pairs / MARKER).is_file() else None
     return model_card.Facts(
         base="" if config.model.init else _name(base, "models")[0],
         step=step,
         trained=trained,
-        hyperparameters=losses.build(config.objective.name, **config.objective.hyperparameters).hyperparameters,
+        hyperparameters=objective.hyperparameters,
+        preferences=objective.answers > 1 or Need.OTHER_IMAGE in objective.needs,
+        paper=next(iter(re.findall(r"arXiv (\d{4}\.\d{4,5})", losses.summary(objective.name))), ""),
         licence=model_card.licence_of(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {},
         dataset=dataset,
         on_hub=on_hub,

@@ -1,4 +1,4 @@
-"""The ground floor: the letters of every array shape, and the four records that travel through the system.
+"""The ground floor: the letters of every array shape, and the records that travel through the system.
 
 Letters used in jaxtyping annotations throughout the package:
 
@@ -22,9 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int, UInt, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 
 # Roles of a token in a row. Answer k has role FIRST_ANSWER + k.
 PAD, PREFIX, FIRST_ANSWER = 0, 1, 2
@@ -168,6 +166,12 @@ class PairBatch:
     answer_slots: int = dataclasses.field(metadata={"static": True})
     patches: Patches | None = None
     mrope: Int[Array, "*A B 3 T"] | None = None
+    weight: Float[Array, "*A B"] | None = None  # of the pair in the loss; None: 1
+    changed: Bool[Array, "*A B T"] | None = None  # answer tokens that differ from the row's other answer
+    other_images: UInt8[Array, "*A B M Y W 3"] | None = None  # of another row, in the form of this row's
+    reference_logps: Float[Array, "*A B T"] | None = None  # cached, by token, 0 off the answers
+    reference_other_logps: Float[Array, "*A B _"] | None = None  # the same of the first answers under the corrupted image
+    auxiliary: "PairBatch | None" = None  # as many rows of another data set, K = 1
 
     @property
     def answers(self) -> int:
@@ -177,61 +181,23 @@ class PairBatch:
     def first_answers(self, count: int) -> "PairBatch":
         """The same rows with only the first `count` answers."""
         stop = self.prefix_slots + count * self.answer_slots
-        cut = {name: getattr(self, name)[..., :stop] for name in ("tokens", "role", "positions", "image_index", "token_weight")}
-        cut["mrope"] = None if self.mrope is None else self.mrope[..., :stop]
+        by_slot = ("tokens", "role", "positions", "image_index", "token_weight", "mrope", "changed", "reference_logps")
+        cut = {name: value if value is None else _cut(value, stop) for name in by_slot for value in (getattr(self, name),)}
         return dataclasses.replace(self, **cut)
+
+    def by_answer(self, values: Array) -> Array:
+        """`[*A, B, T]` -> `[*A, B, K, R]`: the slots of the answers."""
+        return values[..., self.prefix_slots :].reshape(*values.shape[:-1], self.answers, self.answer_slots)
 
     def with_images(self, images: UInt8[Array, "*A B M Y W 3"] | Float[Array, "*A B M Y W 3"]) -> "PairBatch":
         return dataclasses.replace(self, images=images)
 
 
-PerPair = Float[Array | np.ndarray, " B"]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BranchStats:
-    """What an objective reads: sums of answer log-probs, by branch. A field that the objective did not declare is None.
-
-    Branch 0 is the chosen answer, branch 1 the rejected one. `*_other_image` is the chosen answer under a corrupted image.
-    """
-
-    policy: Float[Array, "B K"]
-    lengths: Float[Array, "B K"]
-    reference: Float[Array, "B K"] | None = None
-    policy_other_image: Float[Array, " B"] | None = None
-    reference_other_image: Float[Array, " B"] | None = None
-    margin: Float[Array, " B"] | None = None
-
-    @classmethod
-    def pair(
-        cls,
-        policy_chosen: PerPair,
-        policy_rejected: PerPair,
-        chosen_len: PerPair,
-        rejected_len: PerPair,
-        reference_chosen: PerPair | None = None,
-        reference_rejected: PerPair | None = None,
-        policy_chosen_other_image: PerPair | None = None,
-        reference_chosen_other_image: PerPair | None = None,
-        margin: PerPair | None = None,
-    ) -> "BranchStats":
-        """The record for chosen/rejected pairs, from plain arrays `[B]` of log-prob sums (nats) and lengths (tokens).
-
-        Raises:
-          ValueError: only one of the two reference arrays is given.
-        """
-        if (reference_chosen is None) != (reference_rejected is None):
-            raise ValueError("give both reference_chosen and reference_rejected, or neither")
-        stack = lambda a, b: jnp.stack([jnp.asarray(a), jnp.asarray(b)], axis=-1)  # noqa: E731
-        return cls(
-            policy=stack(policy_chosen, policy_rejected),
-            lengths=stack(chosen_len, rejected_len),
-            reference=None if reference_chosen is None else stack(reference_chosen, reference_rejected),
-            policy_other_image=policy_chosen_other_image,
-            reference_other_image=reference_chosen_other_image,
-            margin=margin,
-        )
+def _cut(values: Any, stop: int) -> Any:
+    """The first slots of an array, or of a shape with its sharding."""
+    if isinstance(values, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((*values.shape[:-1], stop), values.dtype, sharding=values.sharding)
+    return values[..., :stop]
 
 
 @jax.tree_util.register_dataclass
@@ -244,4 +210,6 @@ class TrainState:
     frozen: dict  # the same tree's other leaves; params and frozen never share a path
     opt_state: Any
     key: Array
+    objective: dict = dataclasses.field(default_factory=dict)  # what the objective carries from step to step
+    reference: dict = dataclasses.field(default_factory=dict)  # where it follows the policy (TR-DPO); else {}
 

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "verify": {"config", "models", "sampling", "losses", "data", "hf"},
     "run_files": {"config"},
     "run_export": {"config", "models", "pairs", "losses", "evaluation", "training", "run_files"} | SIDE,
-    "pipeline": {"config", "models", "pairs", "losses", "evaluation", "training", "run_files", "run_export"} | SIDE,
+    "pipeline": {"config", "models", "sampling", "pairs", "losses", "evaluation", "training", "run_files", "run_export"} | SIDE,
     "training": {"config", "models", "sampling", "pairs", "losses", "evaluation"} | SIDE,
 }
 

@@ -14,6 +14,8 @@ def get_config():
     config.scenes.align = 300
     config.scenes.test = 100
     config.objective.name = "dpo"
+    config.auxiliary.format = "scenes"  # for objectives that also read the instruction data
+    config.auxiliary.split = "sft"
     config.optimizer.learning_rate = 1e-4
     config.optimizer.warmup_fraction = 0.1
     config.train.batch_size = 32

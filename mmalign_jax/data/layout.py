@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+from mmalign_jax.data import changes
 from mmalign_jax.data import media as media_lib
 from mmalign_jax.data.bad_rows import Place, place_of
 from mmalign_jax.data.images import MAX_BYTES, MAX_PIXELS
@@ -46,6 +47,7 @@ class RowLayout:
       patch_slots: Q, 0 for towers that take tiles.
       max_positions: most tokens of a prefix and one answer together.
       shorten_answers: cut answers that are longer than R (never a prefix).
+      mark_changes: say which tokens of two answers differ (`data.changes`).
     """
 
     prefix_slots: int
@@ -56,6 +58,7 @@ class RowLayout:
     patch_slots: int = 0
     max_positions: int = 1 << 30
     shorten_answers: bool = False
+    mark_changes: bool = False
     max_pixels: int = MAX_PIXELS
     max_bytes: int = MAX_BYTES
 
@@ -132,8 +135,8 @@ def tokenize(
     place = place_of(record)
     if answers == 2 and pref is None:
         raise place.bad("no_answer", "the row has no pair of answers", "Make pairs first (config.pairs.maker) or remove the row.")
-    if pref is not None and pref.weight != 1.0:
-        raise place.bad("malformed_row", f"the preference has weight {pref.weight}; only 1 is supported", "Set the weight to 1.")
+    if pref is not None and not (np.isfinite(pref.weight) and pref.weight >= 0):
+        raise place.bad("malformed_row", f"the preference has weight {pref.weight}", "Set it to a finite number of at least 0.")
     chosen = ((0,) if pref is None else (pref.win, pref.lose))[:answers]
     media = tuple(part.media for turn in record.turns for part in turn.parts if part.media is not None)
     limits = {"max_pixels": max_pixels, "max_bytes": max_bytes}
@@ -185,6 +188,11 @@ def lay_out(
         raise AssertionError("image placeholders changed while the row was laid out")
     image_index[:n][is_image] = features
     extra: dict[str, Any] = {}
+    if layout.mark_changes:
+        extra["changed"] = changed = np.zeros(slots, bool)
+        for k, marks in enumerate(changes.replaced(*(ids for ids, _ in row.answers))):
+            start = layout.prefix_slots + k * layout.answer_slots
+            changed[start : start + layout.answer_slots][: len(marks)] = marks[: layout.answer_slots]
     if layout.patch_slots:
         extra["patches"] = media_lib.patches(row.expansions, traits, slots=layout.patch_slots, tiles=layout.images, canvas=layout.canvas)
     if traits.mrope:
@@ -200,6 +208,7 @@ def lay_out(
         "token_weight": weight,
         "record_key": np.uint32(record_key(record.id)),
         "margin": np.float32(0.0 if pref is None else pref.margin),
+        "weight": np.float32(1.0 if pref is None else pref.weight),
         **extra,
     }
 

@@ -7,7 +7,7 @@ The order of training rows is a function of the seed alone: step s holds rows [s
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -20,6 +20,9 @@ from mmalign_jax.data.plan import Records, RowPlan, preference_of
 from mmalign_jax.errors import UserError
 from mmalign_jax.types import PairBatch
 
+# More arrays of a row, named as in `types.PairBatch`: (number of the item, its layout) -> arrays
+Extra = Callable[[int, RowLayout], dict[str, np.ndarray]]
+
 
 @dataclasses.dataclass(frozen=True)
 class _LayOut:
@@ -30,23 +33,26 @@ class _LayOut:
     plan: RowPlan
     layouts: Sequence[RowLayout]
     layout_of: np.ndarray  # number of the layout of each item
+    extras: Sequence[Extra] = ()
 
     @classmethod
-    def by_bucket(cls, records: Records, processor: RowProcessor, plan: RowPlan) -> "_LayOut":
+    def by_bucket(cls, records: Records, processor: RowProcessor, plan: RowPlan, extras: Sequence[Extra]) -> "_LayOut":
         layout_of = np.zeros(len(plan.items), np.int32)
         for number, bucket in enumerate(plan.buckets):
             layout_of[bucket.members] = number
-        return cls(records, processor, plan, [bucket.layout for bucket in plan.buckets], layout_of)
+        return cls(records, processor, plan, [bucket.layout for bucket in plan.buckets], layout_of, extras)
 
     @classmethod
-    def in_one(cls, records: Records, processor: RowProcessor, plan: RowPlan) -> "_LayOut":
-        return cls(records, processor, plan, [plan.layout], np.zeros(len(plan.items), np.int32))
+    def in_one(cls, records: Records, processor: RowProcessor, plan: RowPlan, extras: Sequence[Extra]) -> "_LayOut":
+        return cls(records, processor, plan, [plan.layout], np.zeros(len(plan.items), np.int32), extras)
 
     def __call__(self, number: int) -> dict[str, Any]:
         index, pref = map(int, self.plan.items[number])
         record, layout = self.records[index], self.layout_of[number]
         tokens = None if self.plan.tokens is None else self.plan.tokens[number]
         row = lay_out(record, preference_of(record, pref), self.processor, self.layouts[layout], tokens)
+        for extra in self.extras:
+            row |= extra(number, self.layouts[layout])
         return {**row, "layout": layout}
 
 
@@ -114,6 +120,7 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 4,
+    extras: Sequence[Extra] = (),
 ) -> Loader:
     """The training loader over `plan.items`.
 
@@ -122,6 +129,7 @@ def make_loader(
       accumulate: A, the parts of a step.
       process_index, process_count: of the processes that feed different rows (`device.process_slice`).
       workers: threads that read and decode; 0: none.
+      extras: what else rows hold.
 
     Raises:
       UserError: `accumulate * process_count` does not divide `batch_size`.
@@ -132,7 +140,7 @@ def make_loader(
         )
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # Grain takes 32 bits
     order = TrainingOrder(plan.buckets, batch_size, shuffle_seed)
-    rows = grain.MapDataset.source(order).map(_LayOut.by_bucket(records, processor, plan))
+    rows = grain.MapDataset.source(order).map(_LayOut.by_bucket(records, processor, plan, extras))
     process = (process_index, process_count)
     return Loader(rows, plan, batch_size=batch_size, accumulate=accumulate, process=process, workers=workers, seed=seed)
 
@@ -156,6 +164,7 @@ def one_pass(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 4,
+    extras: Sequence[Extra] = (),
 ) -> Iterator[PassBatch]:
     """Every row of `plan.items` once and in order, for evaluation and pair making.
 
@@ -167,7 +176,7 @@ def one_pass(
     if batch_size % process_count:
         raise UserError(f"batch_size: {batch_size} is not a multiple of the {process_count} processes")
     count = len(plan.items)
-    lay = _LayOut.in_one(records, processor, plan)
+    lay = _LayOut.in_one(records, processor, plan, extras)
 
     def row(index: int) -> dict[str, Any]:
         number = min(index, count - 1)

@@ -1,8 +1,9 @@
 """A record's pictures and videos: what they take in a row, known from their headers, and their pixels and patches in it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
+from PIL import Image
 
 from mmalign_jax.data.bad_rows import Place
 from mmalign_jax.data.images import decode_image, image_size
@@ -42,11 +43,25 @@ def pixels(
 
     What is not covered is zero, and no token and no patch points at it.
     """
+    limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "file": place.file, "row": place.row}
+    frames = ([decode_image(data, **limits) for data in medium.pictures] for medium in media)
+    return pixels_of(frames, media, expansions, pictures, place, tiles=tiles, canvas=canvas)
+
+
+def pixels_of(
+    frames: Iterable[Sequence[Image.Image]],
+    media: Sequence[Media],
+    expansions: Sequence[Expansion],
+    pictures: Pictures,
+    place: Place,
+    *,
+    tiles: int,
+    canvas: tuple[int, int],
+) -> np.ndarray:
+    """`pixels` of decoded pictures that stand for those of the media, and have their sizes."""
     out, slot = np.zeros((tiles, *canvas, 3), np.uint8), 0
-    for medium, planned in zip(media, expansions, strict=True):
-        limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "file": place.file, "row": place.row}
-        frames = [decode_image(data, **limits) for data in medium.pictures]
-        made = pictures.pixels(frames, medium.times if medium.kind == "video" else None)
+    for shown, medium, planned in zip(frames, media, expansions, strict=True):
+        made = pictures.pixels(shown, medium.times if medium.kind == "video" else None)
         if (len(made), *made.shape[1:3]) != (planned.tiles, *planned.canvas):
             raise AssertionError(f"{place.file}, row {place.row}: pixels {made.shape} of what was planned as {planned.tiles} x {planned.canvas}")
         out[slot : slot + len(made), : made.shape[1], : made.shape[2]] = made

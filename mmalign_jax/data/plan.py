@@ -61,11 +61,14 @@ def preference_of(record: PreferenceRecord, index: int) -> Preference | None:
     return None if index < 0 else record.prefs[index]
 
 
-def plan_rows(records: Records, processor: RowProcessor, config: DataConfig, *, answers: int, multiple: int = 8) -> RowPlan:
+def plan_rows(
+    records: Records, processor: RowProcessor, config: DataConfig, *, answers: int, mark_changes: bool = False, multiple: int = 8
+) -> RowPlan:
     """Scans all rows and decides by `config.on_long_row` and `config.on_bad_row` what becomes of those that do not fit.
 
     Args:
       answers: K, 2 for pairs (one row a preference), 1 for reference answers (one row a record).
+      mark_changes: rows say which tokens of their answers differ.
       multiple: measured slots are rounded up to it.
 
     Raises:
@@ -88,7 +91,8 @@ def plan_rows(records: Records, processor: RowProcessor, config: DataConfig, *, 
         if room >= 0:
             tokens.append(row)
     bad = len(left_out)
-    layout = _layout([row for _, _, row in rows], processor, config, answers, multiple)
+    layout_of = lambda some: _layout(some, processor, config, answers, multiple, mark_changes)  # noqa: E731
+    layout = layout_of([row for _, _, row in rows])
 
     items, kept = [], []
     for number, (index, pref, row) in enumerate(rows):
@@ -110,7 +114,6 @@ def plan_rows(records: Records, processor: RowProcessor, config: DataConfig, *, 
     counts = {"rows": len(rows) + bad, "kept": len(items), "dropped_long": 0, "dropped_bad": 0, "shortened_answer": 0}
     counts |= collections.Counter(row.policy for row in left_out)
     most = config.buckets or (AUTO_BUCKETS if processor.pictures.needs_size else 1)
-    layout_of = lambda some: _layout(some, processor, config, answers, multiple)  # noqa: E731
     sizes = [rows[number][2] for number in kept]
     kept_layout = layout_of(sizes)  # without the pictures of the rows that were dropped
     layout = dataclasses.replace(layout, images=kept_layout.images, canvas=kept_layout.canvas, patch_slots=kept_layout.patch_slots)
@@ -137,7 +140,9 @@ def _rows(
                 yield index, pref, row
 
 
-def _layout(rows: Sequence[RowSize], processor: RowProcessor, config: DataConfig, answers: int, multiple: int) -> RowLayout:
+def _layout(
+    rows: Sequence[RowSize], processor: RowProcessor, config: DataConfig, answers: int, multiple: int, mark_changes: bool
+) -> RowLayout:
     def slots(longest: int, limit: int) -> int:
         wanted = -(-longest // multiple) * multiple
         return min(wanted, limit) if limit else wanted
@@ -154,6 +159,7 @@ def _layout(rows: Sequence[RowSize], processor: RowProcessor, config: DataConfig
         patch_slots=max([blank.slots, *(row.patch_slots for row in rows)]),
         max_positions=processor.traits.max_positions,
         shorten_answers=config.on_long_row == "shorten_answer",
+        mark_changes=mark_changes,
         max_pixels=config.max_image_pixels,
         max_bytes=config.max_image_bytes,
     )

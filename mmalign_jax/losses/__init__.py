@@ -1,7 +1,23 @@
-"""Answer log-probs, and objectives as pure functions of their sums."""
+"""Answer log-probs, and objectives as weighted sums of pure terms of their statistics."""
 
-from mmalign_jax.losses.logps import answer_logps, sums
-from mmalign_jax.losses.objective import Objective, build, hyperparameters, names
-from mmalign_jax.types import BranchStats
+from mmalign_jax.losses.branches import (
+    CHOSEN,
+    CHOSEN_NO_IMAGE,
+    CHOSEN_OTHER_IMAGE,
+    MISMATCHED,
+    REJECTED,
+    REJECTED_OTHER_IMAGE,
+    SELF_REJECTED,
+    Branch,
+    Need,
+)
+from mmalign_jax.losses.logps import TokenStats, answer_logps, answer_statistics, sums
+from mmalign_jax.losses.objective import Objective
+from mmalign_jax.losses.registry import ALIASES, build, hyperparameters, names, summary
+from mmalign_jax.losses.stats import AnswerLogps, BranchStats
 
-__all__ = ["BranchStats", "Objective", "answer_logps", "build", "hyperparameters", "names", "sums"]
+__all__ = [
+    "ALIASES", "CHOSEN", "CHOSEN_NO_IMAGE", "CHOSEN_OTHER_IMAGE", "MISMATCHED", "REJECTED", "REJECTED_OTHER_IMAGE", "SELF_REJECTED",
+    "AnswerLogps", "Branch", "BranchStats", "Need", "Objective", "TokenStats",
+    "answer_logps", "answer_statistics", "build", "hyperparameters", "names", "summary", "sums",
+]  # fmt: skip

@@ -1,6 +1,8 @@
 """Log-probs of packed answers, a chunk of positions at a time: logits `[B, T, V]` never exist."""
 
+import dataclasses
 import math
+from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,22 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mmalign_jax import mesh
 from mmalign_jax.types import FIRST_ANSWER, PREFIX
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenStats:
+    """Of the tokens of packed answers; 0 off the answers. What was not asked for is None."""
+
+    logps: Float[Array, "B K R"]  # nats
+    mask: Bool[Array, "B K R"]  # which slots hold an answer token
+    collision: Float[Array, "B K R"] | None = None  # log sum_v pi(v)^2
+    entropy: Float[Array, "B K R"] | None = None  # nats
+    kl: Float[Array, "B K R"] | None = None  # KL(reference || policy), nats
+    argmax: Int[Array, "B K R"] | None = None  # the likeliest token
+
+
+STATISTICS = ("collision", "entropy", "kl", "argmax")
 
 
 def answer_logps(
@@ -22,11 +40,30 @@ def answer_logps(
     softcap: float | None = None,
     chunk: int = 128,
 ) -> tuple[Float[Array, "B K R"], Bool[Array, "B K R"]]:
-    """Log-probs of the answer tokens of packed rows `[prefix | answer 1 | ... | answer K]` (`types.PairBatch`).
+    """`answer_statistics` with log-probs alone: (log-probs in nats, which slots hold an answer token)."""
+    slots = {"prefix_slots": prefix_slots, "answer_slots": answer_slots, "softcap": softcap, "chunk": chunk}
+    stats = answer_statistics(hidden, head, tokens, role, **slots)
+    return stats.logps, stats.mask
+
+
+def answer_statistics(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    tokens: Int[Array, "B T"],
+    role: Int[Array, "B T"],
+    *,
+    prefix_slots: int,
+    answer_slots: int,
+    softcap: float | None = None,
+    chunk: int = 128,
+    wanted: Collection[str] = (),
+    reference: tuple[Float[Array, "B T D"], Float[Array, "D V"]] | None = None,
+) -> TokenStats:
+    """Log-probs of the answer tokens of packed rows `[prefix | answer 1 | ... | answer K]` (`types.PairBatch`), and more of the same logits.
 
     The first token of every answer is predicted by the row's last prefix token, each later one by the token before it in its answer.
-    A row that has answer tokens must have a prefix token. Logits, log-softmax and result are float32, whatever the inputs are; the
-    backward pass computes the logits of each chunk again, so that only one `[B, chunk, V]` exists at a time.
+    A row that has answer tokens must have a prefix token. Logits, log-softmax and results are float32, whatever the inputs are; the
+    backward pass computes the logits of each chunk again, so that only one `[B, chunk, V]` exists at a time (two with `kl`).
 
     Under a mesh the batch stays sharded and so does the vocabulary. Give `head` as it is at rest, `[embed, vocab]`, cast to the compute
     type: it is gathered here, and its gradient is reduced over the batch once, not once a chunk.
@@ -38,27 +75,37 @@ def answer_logps(
       answer_slots: R.
       softcap: logits become softcap * tanh(logits / softcap) (arXiv 2408.00118); None leaves them.
       chunk: most positions of a row whose logits exist at one time.
-
-    Returns:
-      Log-probs in nats (0 off the answers), and which slots hold an answer token.
+      wanted: which of `STATISTICS` to compute.
+      reference: the reference's hidden states and output kernel, for `kl`; cut off from differentiation.
 
     Raises:
-      ValueError: the slots do not make up the row.
+      ValueError: the slots do not make up the row, an unknown statistic is wanted, or `kl` is without a reference.
     """
     answers, left_over = divmod(hidden.shape[1] - prefix_slots, answer_slots)
     if left_over or answers < 1:
         raise ValueError(f"{hidden.shape[1]} slots are not {prefix_slots} for the prefix and a multiple of {answer_slots} for the answers")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if unknown := set(wanted) - set(STATISTICS):
+        raise ValueError(f"unknown statistics {sorted(unknown)}; there are {', '.join(STATISTICS)}")
+    if "kl" in wanted and reference is None:
+        raise ValueError("kl needs the reference's hidden states and output kernel")
     rows, slots = hidden.shape[0], answers * answer_slots
     with jax.named_scope("answer_logps"):
         answer_role = FIRST_ANSWER + jnp.arange(slots) // answer_slots
         mask = role[:, prefix_slots:] == answer_role
-        predicting = jnp.where(mask[..., None], _predicting(hidden, role, prefix_slots, answers), 0)
-        logps = _chunked_logps(predicting, _gathered(head), tokens[:, prefix_slots:], chunk, softcap)
+
+        def predicting(states: Float[Array, "B T D"]) -> Float[Array, "B KR D"]:
+            return jnp.where(mask[..., None], _predicting(states, role, prefix_slots, answers), 0)
+
+        heads, states = (_gathered(head),), (predicting(hidden),)
+        if "kl" in wanted:
+            theirs = jax.lax.stop_gradient(reference)
+            heads, states = (*heads, _gathered(theirs[1])), (*states, predicting(theirs[0]))
+        found = _chunked(states, heads, tokens[:, prefix_slots:], chunk, softcap, frozenset(wanted))
         # after the selection, so that a gradient of exactly 0 goes to slots off the answers
-        logps = jnp.where(mask, logps, 0.0)
-    return logps.reshape(rows, answers, answer_slots), mask.reshape(rows, answers, answer_slots)
+        found = {name: jnp.where(mask, value, 0).reshape(rows, answers, answer_slots) for name, value in found.items()}
+    return TokenStats(mask=mask.reshape(rows, answers, answer_slots), **found)
 
 
 def sums(
@@ -90,10 +137,15 @@ def _gathered(head: Float[Array, "D V"]) -> Float[Array, "D V"]:
     return jax.sharding.reshard(head, spec)
 
 
-def _chunked_logps(
-    hidden: Float[Array, "B S D"], head: Float[Array, "D V"], labels: Int[Array, "B S"], chunk: int, softcap: float | None
-) -> Float[Array, "B S"]:
-    rows, slots, _ = hidden.shape
+def _chunked(
+    hidden: tuple[Float[Array, "B S _D"], ...],
+    heads: tuple[Float[Array, "_D V"], ...],
+    labels: Int[Array, "B S"],
+    chunk: int,
+    softcap: float | None,
+    wanted: frozenset[str],
+) -> dict[str, Array]:
+    rows, slots, _ = hidden[0].shape
     chunks = math.ceil(slots / chunk)
     size = math.ceil(slots / chunks)  # even chunks: fewer than `chunks` slots of padding
 
@@ -101,20 +153,41 @@ def _chunked_logps(
         x = jnp.pad(x, [(0, 0), (0, chunks * size - slots)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
 
-    def body(_: None, hidden_and_labels: tuple[Array, Array]) -> tuple[None, Array]:
-        return None, _token_logps(*hidden_and_labels, head, softcap)
+    def body(_: None, some: tuple[tuple[Array, ...], Array]) -> tuple[None, dict[str, Array]]:
+        return None, _of_chunk(*some, heads, softcap, wanted)
 
     # prevent_cse only matters outside of a scan
-    _, logps = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, (split(hidden), split(labels)))
-    return jnp.moveaxis(logps, 0, 1).reshape(rows, chunks * size)[:, :slots]
+    _, found = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, (jax.tree.map(split, hidden), split(labels)))
+    return {name: jnp.moveaxis(value, 0, 1).reshape(rows, chunks * size)[:, :slots] for name, value in found.items()}
 
 
-def _token_logps(
-    hidden: Float[Array, "B S D"], labels: Int[Array, "B S"], head: Float[Array, "D V"], softcap: float | None
-) -> Float[Array, "B S"]:
-    logits = jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+def _of_chunk(
+    hidden: tuple[Float[Array, "B S _D"], ...],
+    labels: Int[Array, "B S"],
+    heads: tuple[Float[Array, "_D V"], ...],
+    softcap: float | None,
+    wanted: frozenset[str],
+) -> dict[str, Array]:
+    logits = _logits(hidden[0], heads[0], softcap)
+    total = jax.nn.logsumexp(logits, axis=-1)
     # a selection and not a lookup: the vocabulary may be sharded
-    is_label = labels[..., None] == jnp.arange(head.shape[1])
-    return jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    is_label = labels[..., None] == jnp.arange(logits.shape[-1])
+    out = {"logps": jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1) - total}
+    if "collision" in wanted:
+        out["collision"] = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * total
+    if "entropy" in wanted:
+        out["entropy"] = total - jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
+    if "kl" in wanted:
+        theirs = _logits(hidden[1], heads[1], softcap)
+        gap = (theirs - logits) - (jax.nn.logsumexp(theirs, axis=-1) - total)[..., None]
+        out["kl"] = jnp.sum(jax.nn.softmax(theirs, axis=-1) * gap, axis=-1)
+    if "argmax" in wanted:
+        # by comparison, for the same reason: the first of the largest
+        places = jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), jnp.arange(logits.shape[-1]), logits.shape[-1])
+        out["argmax"] = jnp.min(places, axis=-1)
+    return out
+
+
+def _logits(hidden: Float[Array, "B S D"], head: Float[Array, "D V"], softcap: float | None) -> Float[Array, "B S V"]:
+    logits = jnp.einsum("bsd,dv->bsv", hidden, head, preferred_element_type=jnp.float32)
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)

@@ -1,40 +1,55 @@
-"""Objectives by name."""
+"""An objective: a weighted sum of terms with a name, its hyper-parameters, and what it needs to be given."""
 
 import dataclasses
-import difflib
-import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
 
-from mmalign_jax.errors import UserError
-from mmalign_jax.losses.dpo import dpo
-from mmalign_jax.losses.mdpo import mdpo
-from mmalign_jax.losses.sft import sft
-from mmalign_jax.losses.simpo import simpo
-from mmalign_jax.losses.terms import Metrics, PerPair
-from mmalign_jax.types import BranchStats
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from mmalign_jax.losses.branches import Branch, Need
+from mmalign_jax.losses.metrics import Metrics, metrics_of
+from mmalign_jax.losses.stats import BranchStats
+from mmalign_jax.losses.terms import PerPair, Terms
+
+Value = float | int | bool | str | tuple
+State = dict[str, Float[Array, ""]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """A loss with its hyper-parameters, and what it needs to be given. It is static: close over it, do not pass it through jit.
+    """A pure function `(stats) -> (loss of each pair, metrics)`. It is static: close over it, do not pass it through jit.
 
     Args:
       name: its name in a config.
-      function: the equation, `(stats, **hyperparameters) -> (loss of each pair, metrics)`.
-      needs_reference: reads `stats.reference`.
-      needs_other_image: reads `stats.policy_other_image` (and `stats.reference_other_image` when it needs a reference).
-      answers: it reads the first so many answers of a row.
-      hyperparameters: every hyper-parameter of the function.
+      terms: what it is made of.
+      hyperparameters: every one of its hyper-parameters.
     """
 
     name: str
-    function: Callable[..., tuple[PerPair, Metrics]]
-    needs_reference: bool
-    needs_other_image: bool
-    answers: int
-    hyperparameters: Mapping[str, float] = dataclasses.field(hash=False)
+    terms: Terms
+    hyperparameters: Mapping[str, Value] = dataclasses.field(hash=False)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it reads beside the policy's log-probs; nothing else need be computed."""
+        return frozenset().union(*(term.needs for _, term in self.terms))
+
+    @property
+    def answers(self) -> int:
+        """It reads the first so many answers of a row, under whatever images."""
+        return max((branch.answer + 1 for branch in self._branches), default=1)
+
+    @property
+    def other_answers(self) -> int:
+        """It reads the first so many answers under the corrupted image."""
+        return max((branch.answer + 1 for branch in self._branches if branch.images == "other_image"), default=0)
+
+    @property
+    def view(self) -> str:
+        """How the corrupted image is made, as `pairs.views.parse` reads it; "" where there is none."""
+        corrupted = {Need.OTHER_IMAGE, Need.SELF_REJECTED} & self.needs
+        return str(self.hyperparameters["view"]) if corrupted else ""
 
     def __call__(self, stats: BranchStats) -> tuple[PerPair, Metrics]:
         """Losses `[B]` and metrics (means over the batch) in float32. No gradient reaches the reference or the metrics.
@@ -42,84 +57,55 @@ class Objective:
         Raises:
           ValueError: `stats` lacks what the objective needs.
         """
-        if stats.policy.shape[-1] < self.answers:
-            raise ValueError(f"{self.name} needs {self.answers} answers a row, got {stats.policy.shape[-1]}")
-        needed = {
-            "reference": self.needs_reference,
-            "policy_other_image": self.needs_other_image,
-            "reference_other_image": self.needs_other_image and self.needs_reference,
-        }
-        if missing := [name for name, need in needed.items() if need and getattr(stats, name) is None]:
+        stats = self._checked(stats)
+        by_label: dict[str, PerPair] = {}
+        loss = jnp.zeros_like(stats.answers.policy[:, 0])
+        for weight, term in self.terms:
+            value = term(stats)
+            loss = loss + weight * value
+            by_label[term.label] = by_label.get(term.label, 0.0) + value
+        if stats.weight is not None:
+            loss = loss * stats.weight
+        return loss, metrics_of(self.terms, stats, loss, by_label)
+
+    def initial_state(self) -> State:
+        """What the objective carries from step to step, before the first one."""
+        return {name: jnp.float32(value) for _, term in self.terms for name, value in term.initial_state().items()}
+
+    def next_state(self, stats: BranchStats) -> State:
+        """The state after a step whose statistics over all its rows are `stats`, with the state before it."""
+        stats = self._checked(stats)
+        new = {name: value for _, term in self.terms for name, value in term.next_state(stats).items()}
+        return jax.tree.map(lambda x: jax.lax.stop_gradient(jnp.asarray(x, jnp.float32)), new)
+
+    @property
+    def _branches(self) -> list[Branch]:
+        return [branch for _, term in self.terms for branch in term.branches]
+
+    def _checked(self, stats: BranchStats) -> BranchStats:
+        """The statistics in float32, with a state."""
+        if stats.answers.policy.shape[1] < self.answers:
+            raise ValueError(f"{self.name} needs {self.answers} answers a row, got {stats.answers.policy.shape[1]}")
+        if missing := sorted(what for need in self.needs if (what := self._missing(need, stats))):
             raise ValueError(f"{self.name} needs {', '.join(missing)}, which the statistics lack")
-        return self.function(stats, **self.hyperparameters)
+        stats = stats.as_float32()
+        return stats if stats.state is not None else dataclasses.replace(stats, state=self.initial_state())
 
-
-def _default(function: Callable, *, needs_reference: bool, needs_other_image: bool, answers: int) -> Objective:
-    parameters = inspect.signature(function).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    return Objective(function.__name__, function, needs_reference, needs_other_image, answers, MappingProxyType(defaults))
-
-
-_OBJECTIVES: Mapping[str, Objective] = {
-    "dpo": _default(dpo, needs_reference=True, needs_other_image=False, answers=2),
-    "mdpo": _default(mdpo, needs_reference=True, needs_other_image=True, answers=2),
-    "sft": _default(sft, needs_reference=False, needs_other_image=False, answers=1),
-    "simpo": _default(simpo, needs_reference=False, needs_other_image=False, answers=2),
-}
-
-# Where a value is allowed, for the hyper-parameters that not every number suits.
-_RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
-    "beta": (lambda x: x > 0, "above 0"),
-    "label_smoothing": (lambda x: 0 <= x < 0.5, "at least 0 and below 0.5"),
-    "image_weight": (lambda x: x >= 0, "at least 0"),
-    "anchor_weight": (lambda x: x >= 0, "at least 0"),
-    "nll_weight": (lambda x: x >= 0, "at least 0"),
-    "length_norm": (lambda x: x >= 0, "at least 0"),
-}
-
-
-def names() -> tuple[str, ...]:
-    return tuple(_OBJECTIVES)
-
-
-def hyperparameters(name: str) -> dict[str, float]:
-    """The hyper-parameters of an objective with their defaults.
-
-    Raises:
-      UserError: there is no such objective.
-    """
-    return dict(_find(name).hyperparameters)
-
-
-def build(name: str, **hyperparameters: float) -> Objective:
-    """The objective `name`; hyper-parameters that are not given keep their defaults.
-
-    Raises:
-      UserError: no such objective or hyper-parameter, or a value out of range; the message names it.
-    """
-    default = _find(name)
-    for key, value in hyperparameters.items():
-        _check(name, key, value, default.hyperparameters)
-    return dataclasses.replace(default, hyperparameters=MappingProxyType({**default.hyperparameters, **hyperparameters}))
-
-
-def _find(name: str) -> Objective:
-    if not isinstance(name, str) or name not in _OBJECTIVES:
-        raise UserError(f"config.objective.name: no objective {name!r}.{_nearest(str(name), names())} Known: {', '.join(names())}")
-    return _OBJECTIVES[name]
-
-
-def _check(name: str, key: str, value: float, known: Mapping[str, float]) -> None:
-    where = f"config.objective.{key}"
-    if key not in known:
-        raise UserError(f"{where}: {name} has no such setting.{_nearest(key, known)} Known: {', '.join(known) or 'none'}")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{where}: expected a finite number, got {value!r}")
-    allowed, wanted = _RANGES.get(key, (lambda x: True, ""))
-    if not allowed(value):
-        raise UserError(f"{where}: {value} is out of range, must be {wanted}")
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(key, list(known), n=1)
-    return f" Did you mean {match[0]}?" if match else ""
+    def _missing(self, need: Need, stats: BranchStats) -> str:
+        """What the statistics lack of a need, "" when nothing."""
+        fields = {branch.images for _, term in self.terms if need in term.needs for branch in term.branches}
+        logps = [getattr(stats, name) for name in sorted(fields)]
+        match need:
+            case Need.BATCH:
+                return ""
+            case Need.REFERENCE:
+                lacking = stats.answers.reference is None
+            case Need.TOKENS:
+                lacking = any(some is not None and some.policy_tokens is None for some in logps)
+            case Need.CHANGED:
+                lacking = any(some is not None and some.changed is None for some in logps)
+            case Need.OTHER_IMAGE:
+                lacking = stats.other_image is None or stats.other_image.policy.shape[1] < self.other_answers
+            case _:
+                lacking = getattr(stats, need.value) is None
+        return need.value if lacking else ""

@@ -1,90 +1,200 @@
-"""What the objectives are made of: links, means and the metrics that they share. Everything is computed in float32 at least."""
+"""Terms: pure functions of branch statistics. An objective is a weighted sum of them, written as one: `Pair(beta=0.1) + 0.5 * Likelihood()`."""
+
+import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from mmalign_jax.types import BranchStats
+from mmalign_jax.losses import links
+from mmalign_jax.losses.addends import Addend
+from mmalign_jax.losses.baselines import Baseline, Constant
+from mmalign_jax.losses.beta import BetaSchedule
+from mmalign_jax.losses.branches import CHOSEN, REJECTED, Branch, Need
+from mmalign_jax.losses.scores import Score
+from mmalign_jax.losses.stats import BranchStats
+from mmalign_jax.losses.trust import Trust
 
-Metrics = dict[str, Float[Array, ""]]
 PerPair = Float[Array, " B"]
-PerPairMetrics = dict[str, Float[Array, " B"] | Bool[Array, " B"]]  # not yet averaged
 
 
-def as_float32(stats: BranchStats) -> BranchStats:
-    """The statistics in float32, references cut off from differentiation.
+class Term:
+    """Something that gives every pair a loss. `label` is its name in the metrics."""
 
-    Log-ratios are small differences of large sums: sums that arrive in bfloat16 have lost their signal already, but nothing more is lost
-    here. float64 is left as it is.
+    label: ClassVar[str] = "term"
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        raise NotImplementedError
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches that it reads."""
+        raise NotImplementedError
+
+    def __call__(self, stats: BranchStats) -> PerPair:
+        raise NotImplementedError
+
+    def initial_state(self) -> dict[str, float]:
+        return {}
+
+    def next_state(self, stats: BranchStats) -> dict[str, Float[Array, ""]]:
+        return {}
+
+    def __add__(self, other: "Term | Terms") -> "Terms":
+        return 1.0 * self + other
+
+    def __mul__(self, weight: float) -> "Terms":
+        return Terms(((float(weight), self),) if weight else ())
+
+    __rmul__ = __mul__
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """A weighted sum. What has weight 0 is left out: nothing is computed for it."""
+
+    weighted: tuple[tuple[float, Term], ...]
+
+    def __add__(self, other: "Term | Terms") -> "Terms":
+        more = 1.0 * other if isinstance(other, Term) else other
+        return Terms(self.weighted + more.weighted)
+
+    def __mul__(self, weight: float) -> "Terms":
+        return Terms(tuple((weight * own, term) for own, term in self.weighted) if weight else ())
+
+    __rmul__ = __mul__
+
+    def __iter__(self):
+        return iter(self.weighted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair(Term):
+    """link(h), h = beta (s_win - s_lose + inside) - gamma + outside.
+
+    Args:
+      beta: a constant or a schedule.
+      win, lose: the two branches.
+      gamma: margin that h must exceed.
+      inside, outside: further addends, before and after beta.
+      trust: weight of each pair, not differentiated.
     """
 
-    def read(x: Array) -> Array:
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    beta: float | BetaSchedule = 0.1
+    link: links.Link = links.logistic()
+    win: Branch = CHOSEN
+    lose: Branch = REJECTED
+    score: Score = Score()
+    gamma: float = 0.0
+    inside: tuple[Addend, ...] = ()
+    outside: tuple[Addend, ...] = ()
+    trust: Trust | None = None
 
-    def fixed(x: Array | None) -> Array | None:
-        return None if x is None else jax.lax.stop_gradient(read(x))
+    @property
+    def label(self) -> str:
+        """Which side of the pair differs. DPO's partition function cancels for "text" edges alone: they have the images in common."""
+        if self.win.images == self.lose.images:
+            return "text"
+        return "image" if self.win.answer == self.lose.answer and "self" not in self.lose.images else "mixed"
 
-    return BranchStats(
-        policy=read(stats.policy),
-        lengths=jax.lax.stop_gradient(read(stats.lengths)),
-        reference=fixed(stats.reference),
-        policy_other_image=None if stats.policy_other_image is None else read(stats.policy_other_image),
-        reference_other_image=fixed(stats.reference_other_image),
-        margin=fixed(stats.margin),
-    )
+    @property
+    def schedule(self) -> BetaSchedule:
+        return self.beta if isinstance(self.beta, BetaSchedule) else BetaSchedule(self.beta)
 
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return self.win, self.lose, *(branch for addend in (*self.inside, *self.outside) for branch in addend.branches)
 
-def logistic(h: PerPair, label_smoothing: float = 0.0) -> PerPair:
-    """-(1 - eps) log sigmoid(h) - eps log sigmoid(-h): Bradley-Terry, with labels that are flipped with probability eps (cDPO)."""
-    loss = -jax.nn.log_sigmoid(h)
-    # log sigmoid(-h) = log sigmoid(h) - h
-    return loss + label_smoothing * h if label_smoothing else loss
+    @property
+    def needs(self) -> frozenset[Need]:
+        parts = (self.score, self.schedule, *self.inside, *self.outside, *((self.trust,) if self.trust else ()), *self.branches)
+        return frozenset().union(*(part.needs for part in parts))
 
+    def betas(self, stats: BranchStats) -> PerPair:
+        """beta of each pair."""
+        return self.schedule(stats, self._gap(stats))
 
-def mean_logps(stats: BranchStats) -> Float[Array, "B K"]:
-    """Mean log-prob a token. An answer without scored tokens has mean 0."""
-    return stats.policy / jnp.where(stats.lengths > 0, stats.lengths, 1.0)
+    def logit(self, stats: BranchStats) -> PerPair:
+        """h."""
+        gap = self._gap(stats)
+        h = self.schedule(stats, gap) * gap - self.gamma
+        return sum((addend(stats, self.score) for addend in self.outside), h)
 
+    def __call__(self, stats: BranchStats) -> PerPair:
+        loss = self.link(self.logit(stats))
+        if (keep := self.schedule.keep(stats, self._gap(stats))) is not None:
+            loss = loss * keep
+        return loss if self.trust is None else loss * jax.lax.stop_gradient(self.trust(stats))
 
-def log_ratios(stats: BranchStats) -> Float[Array, "B K"]:
-    """s = log policy - log reference, summed over the answer."""
-    return stats.policy - stats.reference
+    def initial_state(self) -> dict[str, float]:
+        return self.schedule.initial_state()
 
+    def next_state(self, stats: BranchStats) -> dict[str, Float[Array, ""]]:
+        return self.schedule.next_state(stats, self._gap(stats))
 
-def pair_metrics(stats: BranchStats, loss: PerPair, rewards: Float[Array, "B 2"], h: PerPair) -> PerPairMetrics:
-    """Metrics of every pair objective: `rewards` are the implicit rewards, `h` is the argument of the pair's sigmoid."""
-    chosen, rejected = rewards[:, 0], rewards[:, 1]
-    return {
-        **likelihood_metrics(stats, loss),
-        "logps/rejected": stats.policy[:, 1],
-        "lengths/rejected": stats.lengths[:, 1],
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": chosen > rejected,  # a tie is wrong
-        "grad_weight": jax.nn.sigmoid(-h),
-    }
-
-
-def likelihood_metrics(stats: BranchStats, loss: PerPair) -> PerPairMetrics:
-    return {
-        "loss": loss,
-        "nll/chosen": -mean_logps(stats)[:, 0],
-        "logps/chosen": stats.policy[:, 0],
-        "lengths/chosen": stats.lengths[:, 0],
-    }
-
-
-def drift_metrics(stats: BranchStats, h: PerPair) -> PerPairMetrics:
-    """How far the chosen answer has moved from the reference; displaced pairs improve while their chosen answer gets less likely."""
-    chosen = log_ratios(stats)[:, 0]
-    return {
-        "chosen_drift": chosen,
-        "chosen_drift_per_token": chosen / jnp.where(stats.lengths[:, 0] > 0, stats.lengths[:, 0], 1.0),
-        "displacement_rate": (chosen < 0) & (h > 0),
-    }
+    def _gap(self, stats: BranchStats) -> PerPair:
+        gap = self.score(stats, self.win) - self.score(stats, self.lose)
+        return sum((addend(stats, self.score) for addend in self.inside), gap)
 
 
-def averaged(per_pair: PerPairMetrics) -> Metrics:
-    """Means over the whole batch, float32, cut off from differentiation."""
-    return {name: jax.lax.stop_gradient(jnp.mean(value.astype(jnp.float32))) for name, value in per_pair.items()}
+@dataclasses.dataclass(frozen=True)
+class Transport(Term):
+    """The link of batch-wise sorted log-ratios: the chosen answers' distribution above that of the rejected (AOT, arXiv 2406.05882).
+
+    Losses come in sorted order, so that a row's loss is not its own.
+
+    Args:
+      paired: sort log pi_w - log pi_l and log ref_w - log ref_l; otherwise s_w and s_l.
+    """
+
+    beta: float = 0.1
+    link: links.Link = links.logistic()
+    paired: bool = True
+    score: Score = Score()
+    label: ClassVar[str] = "text"
+    branches: ClassVar[tuple[Branch, ...]] = (CHOSEN, REJECTED)
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.REFERENCE, Need.BATCH})
+
+    def logit(self, stats: BranchStats) -> PerPair:
+        policy, reference = stats.answers.policy, stats.answers.reference
+        if self.paired:
+            upper, lower = policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1]
+        else:
+            upper, lower = (policy - reference).T
+        return self.beta * (jnp.sort(upper) - jnp.sort(lower))
+
+    def __call__(self, stats: BranchStats) -> PerPair:
+        return self.link(self.logit(stats))
+
+
+@dataclasses.dataclass(frozen=True)
+class Point(Term):
+    """link(sign (beta s - baseline)): one answer alone. With sign -1 its reward should be below the baseline."""
+
+    beta: float = 0.1
+    branch: Branch = CHOSEN
+    sign: int = 1
+    link: links.Link = links.logistic()
+    score: Score = Score()
+    baseline: Baseline = Constant()
+    label: str = "anchor"
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return (self.branch,)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return self.score.needs | self.branch.needs | self.baseline.needs
+
+    def __call__(self, stats: BranchStats) -> PerPair:
+        baseline = jax.lax.stop_gradient(self.baseline(stats, self.beta, self.score))
+        return self.link(self.sign * (self.beta * self.score(stats, self.branch) - baseline))
+
+    def initial_state(self) -> dict[str, float]:
+        return self.baseline.initial_state()
+
+    def next_state(self, stats: BranchStats) -> dict[str, Float[Array, ""]]:
+        return self.baseline.next_state(stats, self.beta, self.score)

@@ -31,6 +31,11 @@ _CHARTS = (
     ("Reward margin", (("rewards/margins", "margin"),)),
     ("Reward accuracy", (("rewards/accuracies", "accuracy"),)),
     ("Answer log-probs (nats)", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
+    ("Divergence from the reference (nats)", (("monitor/kl", "a token of chosen answers"), ("monitor/kl_on_policy", "an answer of its own"))),
+    ("What the image adds (nats a token)", (("monitor/image_gain", "chosen"), ("monitor/image_gain_rejected", "rejected"))),
+    ("Preferred without the image", (("monitor/accuracies_no_image", "accuracy"),)),
+    ("Length of the policy's own answers (tokens)", (("monitor/length", "mean"),)),
+    ("Probe during training", (("probe/score", "score"), ("probe/chair_i", "CHAIR_i"), ("probe/recall", "recall"))),
     ("Learning rate", (("learning_rate", "learning rate"),)),
     ("Pairs per second", (("pairs_per_s", "pairs/s"),)),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 import yaml
 
@@ -11,7 +12,7 @@ from mmalign_jax.report.records import ScoreRow, score_cells
 
 FILE = "README.md"
 PACKAGE = "mmalign_jax"
-_PAPERS = {"dpo": "2305.18290", "mdpo": "2406.11839", "simpo": "2405.14734", "bdhs": "2407.02477"}
+_PAPERS = {"bdhs": "2407.02477"}
 _LICENCE = ("license", "license_name", "license_link")
 _BDHS = ("rho_th", "n_iter", "eps", "temperature", "top_p", "max_sentence_tokens", "yes_no_swap", "per_sentence", "similarity", "seed")
 _MOST_FRONT_MATTER = 1 << 16  # characters
@@ -37,6 +38,8 @@ class Facts:
       skipped: rows left out of it on import, by reason.
       pairs: what became of the records that pairs were made from, such as `{"pairs": 290, "unchanged": 10}`.
       hyperparameters: all of the objective.
+      preferences: whether the objective compares answers.
+      paper: arXiv number of the objective's paper.
       step: after which the exported weights were taken.
       trained: which parts were trained, and which were not, in words.
       scores: of the weights after `Config.train.steps` steps, beside those of the base; empty when nothing was measured.
@@ -46,7 +49,9 @@ class Facts:
     base: str
     step: int
     trained: str
-    hyperparameters: Mapping[str, float]
+    hyperparameters: Mapping[str, Any]
+    preferences: bool = True
+    paper: str = ""
     licence: Mapping[str, str | list[str]] = dataclasses.field(default_factory=dict)
     dataset: str = ""
     on_hub: bool = False
@@ -61,7 +66,7 @@ def model_card(config: Config, facts: Facts) -> str:
     """The card as Markdown behind YAML front matter."""
     name = config.objective.name
     start = f"`{facts.base}`" if facts.base else "random weights"
-    verb = "fine-tuned on answers" if name == "sft" else f"aligned with preferences ({_linked(name)})"
+    verb = f"aligned with preferences ({_objective(config, facts)})" if facts.preferences else "fine-tuned on answers"
     sections = [
         f"# {name} on {facts.base or 'random weights'}",
         f"{start[:1].upper()}{start[1:]}, {verb} with {PACKAGE}. This card was written by the export and states what the run recorded.",
@@ -101,7 +106,7 @@ def _front_matter(config: Config, facts: Facts) -> dict[str, object]:
     if facts.dataset and facts.on_hub:
         out["datasets"] = [facts.dataset]
     tags = [PACKAGE, config.objective.name]
-    if config.objective.name != "sft":
+    if facts.preferences:
         tags.append("preference-alignment")
     if config.pairs.maker != "none":
         tags.append(config.pairs.maker)
@@ -118,8 +123,8 @@ def _training(config: Config, facts: Facts) -> list[tuple[str, str]]:
         rate += f", to {optimizer.final_fraction:g} of the peak"
     clip = f"gradients clipped to a norm of {optimizer.clip_norm:g}" if optimizer.clip_norm else "gradients not clipped"
     rows = [
-        ("objective", _linked(config.objective.name)),
-        *((f"objective.{name}", f"{value:g}") for name, value in facts.hyperparameters.items()),
+        ("objective", _objective(config, facts)),
+        *((f"objective.{name}", f"{value:g}" if isinstance(value, float) else str(value)) for name, value in facts.hyperparameters.items()),
         ("steps", f"{facts.step}{of_all}, of {train.batch_size} rows each"),
         ("learning rate", rate),
         ("optimizer", f"AdamW, b1 {optimizer.b1:g}, b2 {optimizer.b2:g}, weight decay {optimizer.weight_decay:g}; {clip}"),
@@ -163,6 +168,11 @@ def _scores(config: Config, facts: Facts) -> str:
         out += [f"### {group}"] if group else []
         out.append(_table(("metric", "before", "after", "change"), [score_cells(row) for row in rows]))
     return "\n\n".join(out)
+
+
+def _objective(config: Config, facts: Facts) -> str:
+    name = config.objective.name
+    return f"[{name}](https://arxiv.org/abs/{facts.paper})" if facts.paper else name
 
 
 def _linked(method: str) -> str:

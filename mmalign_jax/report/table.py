@@ -42,7 +42,8 @@ def label_of(config: Mapping) -> str:
     label = {"MDPO": "mDPO", "SFT": "SFT on the chosen answers"}.get(label, label)
     if objective.get("nll_weight"):
         label += f" + {objective['nll_weight']:g} NLL"
-    others = [f"{key} {value:g}" for key, value in objective.items() if key not in ("name", "nll_weight") and value is not None]
+    given = {key: value for key, value in objective.items() if key not in ("name", "nll_weight") and value is not None}
+    others = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in given.items()]
     label += f" ({', '.join(others)})" if others else ""
     if pairs["per_sentence"]:
         label += ", per-sentence pairs"

@@ -15,12 +15,16 @@ from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import Config
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.adapters import with_adapter
+from mmalign_jax.losses import Need
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import abstract_params, param_shardings
 from mmalign_jax.models.tree import split
+from mmalign_jax.pairs import views
+from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
-from mmalign_jax.training.step import LossFunction, make_train_step
+from mmalign_jax.training.reference import Reference
+from mmalign_jax.training.step import make_train_step
 from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import PairBatch, TrainState
 
@@ -60,13 +64,15 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
     sizes = with_adapter(config, sizes)
     objective = losses.build(config.objective.name, **config.objective.hyperparameters)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state, reference, batch = _abstract_arguments(config, sizes, mesh, optimizer, objective)
+    kind = Reference.of(config, Trainable.of(config, sizes), objective)
+    state, reference, batch = _abstract_arguments(config, sizes, mesh, optimizer, objective, kind)
     dtype = mesh_lib.compute_dtype(config.model.compute_dtype, "tpu")
     model = Mllm(sizes, (0.5,) * 3, (0.5,) * 3, dtype, remat=config.model.remat == "full")
-    step = make_train_step(LossFunction(model, objective), optimizer, make_schedule(config.optimizer, config.train.steps))
+    loss = LossFunction(model, objective, config.train.redraw_views == "epoch", kind.free)
+    step = make_train_step(loss, optimizer, make_schedule(config.optimizer, config.train.steps), follow=kind.follow)
     start = time.monotonic()
     with jax.set_mesh(mesh):
-        memory = step.lower(state, reference if objective.needs_reference else None, batch).compile().memory_analysis()
+        memory = step.lower(state, reference, batch).compile().memory_analysis()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     limit = HBM[topology.split(":")[0]]
     return AotReport(
@@ -99,8 +105,13 @@ def _devices(topology: str, slices: int) -> list[jax.Device]:
 
 
 def _abstract_arguments(
-    config: Config, sizes: MllmConfig, mesh: Mesh, optimizer: optax.GradientTransformation, objective: losses.Objective
-) -> tuple[TrainState, dict, PairBatch]:
+    config: Config,
+    sizes: MllmConfig,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    objective: losses.Objective,
+    kind: Reference,
+) -> tuple[TrainState, dict | None, PairBatch]:
     """State, reference and batch as shapes with shardings; nothing is allocated, and nothing here may run under the mesh."""
     whole = NamedSharding(mesh, P())
     placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
@@ -109,7 +120,7 @@ def _abstract_arguments(
     params, frozen = rule.split(jax.tree.map(placed, shapes, shardings))
     kept = mesh_lib.compute_dtype(config.model.compute_dtype, "tpu") if config.model.reference_dtype == "auto" else config.model.reference_dtype
     in_kept = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(kept), sharding=leaf.sharding)  # noqa: E731
-    frozen, reference = jax.tree.map(in_kept, frozen), jax.tree.map(in_kept, split(params, rule.in_reference)[0])
+    frozen, reference = jax.tree.map(in_kept, frozen), jax.tree.map(in_kept, split(params, kind.copied)[0])
     moments = optax.tree.map_params(
         optimizer,
         lambda leaf, param: placed(leaf, param.sharding),
@@ -118,11 +129,13 @@ def _abstract_arguments(
         transform_non_params=lambda leaf: placed(leaf, whole),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, frozen, moments, placed(key, whole))
-    return state, reference, _abstract_batch(config, sizes, mesh, objective.answers)
+    carried = jax.tree.map(lambda leaf: placed(leaf, whole), jax.eval_shape(objective.initial_state))
+    moving = reference if kind.follow else {}
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, frozen, moments, placed(key, whole), carried, moving)
+    return state, reference if kind.kind in ("live", "adapter_off") else None, _abstract_batch(config, sizes, mesh, objective, kind)
 
 
-def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, answers: int) -> PairBatch:
+def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, objective: losses.Objective, kind: Reference) -> PairBatch:
     if not sizes.vision.image_size:
         raise UserError("config.model: models that take pictures of any size cannot be checked here yet; LLaVA and other models of tiles can")
     if not config.data.prefix_tokens and (sizes.connector.newline or sizes.connector.kind.startswith("shuffle")):
@@ -138,8 +151,10 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, answers: int)
         axes = (None, "batch") + (None,) * len(shape)
         return jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=mesh_lib.sharding(mesh, *axes))
 
+    answers, cached = objective.answers, kind.kind == "cached"
     row = (prefix + answers * answer,)
-    return PairBatch(
+    other = "other_images" in views.parse(objective.view).needs if objective.view else False
+    batch = PairBatch(
         tokens=array(row, jnp.int32),
         role=array(row, jnp.int8),
         positions=array(row, jnp.int32),
@@ -150,7 +165,15 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, answers: int)
         margin=array((), jnp.float32),
         prefix_slots=prefix,
         answer_slots=answer,
+        weight=array((), jnp.float32),
+        changed=array(row, jnp.bool_) if Need.CHANGED in objective.needs else None,
+        other_images=array((tiles, side, side, 3), jnp.uint8) if other else None,
+        reference_logps=array(row, jnp.float32) if cached else None,
+        reference_other_logps=array((objective.other_answers * answer,), jnp.float32) if cached and objective.other_answers else None,
     )
+    one_answer = {"changed": None, "other_images": None, "reference_logps": None, "reference_other_logps": None}
+    auxiliary = dataclasses.replace(batch.first_answers(1), **one_answer) if Need.AUXILIARY in objective.needs else None
+    return dataclasses.replace(batch, auxiliary=auxiliary)
 
 
 def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:

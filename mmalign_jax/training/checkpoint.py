@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmalign_jax.config import CheckpointConfig
 from mmalign_jax.errors import UserError
+from mmalign_jax.losses import Objective
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.params import abstract_params, param_shardings
 from mmalign_jax.training.step import init_state
@@ -66,7 +67,8 @@ class Checkpoints:
             raise UserError(f"{where}: the checkpoint cannot be read ({reason}); remove it or use a new --workdir") from error
         state = restored["state"]
         key = jax.random.wrap_key_data(state["key"])
-        return TrainState(state["step"], state["params"], frozen, state["opt_state"], key), restored["position"]
+        restored_state = TrainState(state["step"], state["params"], frozen, state["opt_state"], key, state["objective"], state["reference"])
+        return restored_state, restored["position"]
 
     def close(self) -> None:
         """Waits until everything is on disk."""
@@ -108,13 +110,15 @@ def abstract_policy(sizes: MllmConfig, mesh: Mesh) -> dict:
     return jax.tree.map(placed, abstract_params(sizes), param_shardings(sizes, mesh))
 
 
-def abstract_state(params: dict, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    params: dict, optimizer: optax.GradientTransformation, mesh: Mesh, objective: Objective | None = None, reference: dict | None = None
+) -> TrainState:
     """What `init_state` makes of trainable parameters, as shapes, types and shardings. Call it under the mesh.
 
     Args:
-      params: abstract; see `abstract_policy`.
+      params: abstract; see `abstract_policy`. reference: likewise, where the reference follows the policy.
     """
-    state = jax.eval_shape(lambda some: init_state(some, {}, optimizer, 0), params)
+    state = jax.eval_shape(lambda some, theirs: init_state(some, {}, optimizer, 0, objective, theirs), params, reference)
 
     def placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # moments have the spec of their parameter by explicit sharding; counters and the key have none: they are whole everywhere
@@ -130,7 +134,8 @@ def _shapes(params: dict) -> dict[str, tuple[int, ...]]:
 
 
 def _saved(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, "key": _key_data(state.key)}
+    parts = {name: getattr(state, name) for name in ("step", "params", "opt_state", "objective", "reference")}
+    return {**parts, "key": _key_data(state.key)}
 
 
 def _key_data(key: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:

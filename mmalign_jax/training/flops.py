@@ -1,9 +1,11 @@
 """Model FLOPs of a training step from the formulas of the field: the compiler's own counts are wrong under scan."""
 
+import dataclasses
 from collections.abc import Collection
 
 import jax
 
+from mmalign_jax.losses import Need, Objective
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.types import PairBatch
 
@@ -14,7 +16,35 @@ PEAK = {
 }  # fmt: skip
 
 
-def step_flops(config: MllmConfig, batch: PairBatch, *, reference: bool, other_image: bool, freeze: Collection[str]) -> float:
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a step computes beside the policy's pass over its rows.
+
+    Args:
+      reference: the reference is computed, too, for everything that the policy is.
+      other_answers: answers under a corrupted image, with gradient.
+      blind_answers: answers under other images, without gradient.
+      more_answers: further answers of every row behind the same prefix.
+    """
+
+    reference: bool = False
+    other_answers: int = 0
+    blind_answers: int = 0
+    more_answers: int = 0
+
+    @classmethod
+    def of(cls, objective: Objective, *, live_reference: bool) -> "Work":
+        needs = objective.needs
+        blind = objective.answers if Need.NO_IMAGE in needs else 0
+        return cls(
+            reference=live_reference,
+            other_answers=objective.other_answers,
+            blind_answers=blind + (Need.SELF_REJECTED in needs),
+            more_answers=int(Need.MISMATCHED in needs),
+        )
+
+
+def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Collection[str]) -> float:
     """FLOPs of one step over all rows, recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
 
     Slots are counted as they are computed, padding too. Frozen weights need no gradient of their own, only carry that of what trains
@@ -28,9 +58,10 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, reference: bool, other_i
     layer = 2 * c.width * c.head_width * (c.heads + c.kv_heads) + 3 * c.width * c.mlp_width
     training = {"vision_tower", "projector", "decoder"} - set(freeze) | set(config.lora)
     backward = 4 if "decoder" not in freeze else 2 if training else 0
-    passes = 2 + backward + (2 if reference else 0)
+    theirs = 2 if work.reference else 0
+    passes = 2 + backward + theirs
 
-    def decoder(slots: int, answers: int) -> float:
+    def decoder(slots: int, answers: int, passes: int) -> float:
         per_token = c.layers * layer
         attention = 2 * c.layers * slots * c.heads * c.head_width
         head = answers * batch.answer_slots * c.width * c.vocab_size
@@ -51,12 +82,15 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, reference: bool, other_i
     tower += patches * 3 * v.frames_per_patch * v.patch_size**2 * v.width
     # the features of a tower of which nothing trains serve policy and reference
     if "vision_tower" in training:
-        tower *= tiles * (2 + (4 if "vision_tower" not in freeze else 2) + (2 if reference else 0))
+        of_tower = 2 + (4 if "vision_tower" not in freeze else 2) + theirs
     else:
-        tower *= tiles * 2
-    total = decoder(batch.tokens.shape[-1], batch.answers) + tower
-    if other_image:
-        total += decoder(batch.prefix_slots + batch.answer_slots, 1) + tower
+        of_tower = 2
+    tower *= tiles
+    more = work.more_answers
+    total = decoder(batch.tokens.shape[-1] + more * batch.answer_slots, batch.answers + more, passes) + of_tower * tower
+    for answers, times, tower_times in ((work.other_answers, passes, of_tower), (work.blind_answers, 2 + theirs, 2)):
+        if answers:
+            total += decoder(batch.prefix_slots + answers * batch.answer_slots, answers, times) + tower_times * tower
     return float(rows * total)
 
 

@@ -17,12 +17,16 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.tree import LeafPath, union
 from mmalign_jax.report.console import Console
-from mmalign_jax.report.metrics import MetricsWriter
+from mmalign_jax.report.metrics import MetricsWriter, read_metrics
 from mmalign_jax.training.checkpoint import Checkpoints, abstract_policy, abstract_state
-from mmalign_jax.training.flops import mfu, step_flops
+from mmalign_jax.training.flops import Work, mfu, step_flops
+from mmalign_jax.training.loss import LossFunction
+from mmalign_jax.training.monitors import Monitor
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
+from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.signals import StopRequest
-from mmalign_jax.training.step import LossFunction, init_state, make_train_step, zero_gradients
+from mmalign_jax.training.step import init_state, make_train_step, zero_gradients
+from mmalign_jax.training.stopper import reason_to_stop
 from mmalign_jax.training.trainable import Trainable, describe
 from mmalign_jax.types import PairBatch, TrainState
 
@@ -41,11 +45,13 @@ class Batches(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """How training ended: the policy's whole tree, and the name of the signal that stopped it early ("" when it is finished)."""
+    """How training ended: the policy's whole tree, the name of the signal that stopped it early ("" when it is finished), and why it was
+    finished before its last step ("" when it was not)."""
 
     params: dict
     step: int
     stopped_by: str
+    reason: str = ""
 
 
 def train(
@@ -57,10 +63,16 @@ def train(
     load_params: Callable[[str, Callable[[LeafPath], bool]], dict],
     batches: Batches,
     console: Console,
+    rows_per_epoch: int = 0,
+    monitor: Monitor | None = None,
+    probe: Callable[[dict], dict[str, float]] | None = None,
 ) -> Trained:
     """Trains until `config.train.steps`, or goes on from the newest checkpoint of `workdir`.
 
     Args:
+      rows_per_epoch: rows of the data set, for what changes by epoch.
+      monitor: measures every `config.monitor.every` steps.
+      probe: scores of the policy's whole tree, asked for every `config.eval.probe_every` steps.
       load_params: reads leaves of the SFT model's tree, chosen by path, in the type given by name, in their shards: policy at step 0,
         and reference.
 
@@ -68,12 +80,14 @@ def train(
       UserError: a step's loss is not finite (with the step and the rows' record keys), or a checkpoint cannot be read.
     """
     optimizer, schedule = make_optimizer(config.optimizer, config.train.steps), make_schedule(config.optimizer, config.train.steps)
+    objective = loss.objective
     kept = config.model.reference_dtype
     kept = loss.model.dtype if kept == "auto" else kept
     rule = Trainable.of(config, sizes)
+    reference = Reference.of(config, rule, objective)
     with jax.set_mesh(mesh):
         like, _ = rule.split(abstract_policy(sizes, mesh))
-        step = make_train_step(loss, optimizer, schedule)
+        step = make_train_step(loss, optimizer, schedule, follow=reference.follow, rows_per_epoch=rows_per_epoch)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         writer = MetricsWriter(
             workdir, config.report.tensorboard, config.report.wandb, dataclasses.asdict(config), enabled=jax.process_index() == 0
@@ -81,27 +95,33 @@ def train(
         try:
             with writer:
                 with console.phase("Loading reference and frozen parts"):
-                    copied = rule.in_reference if loss.objective.needs_reference else lambda path: False
-                    reference, frozen = rule.split(load_params(kept, lambda path: copied(path) or not rule.trains(path)))
-                    reference = reference if loss.objective.needs_reference else None
+                    theirs, frozen = rule.split(load_params(kept, lambda path: reference.copied(path) or not rule.trains(path)))
+                    moving = theirs if reference.follow else {}
+                    # computed in every step, though all its leaves may be the policy's frozen ones
+                    theirs = theirs if reference.kind in ("live", "adapter_off") else None
                 # either a new state or a saved one: both at once would take twice the memory of parameters and moments
                 if checkpoints.latest is None:
                     with console.phase("Loading policy"):
-                        state = init_state(load_params("float32", rule.trains), frozen, optimizer, config.train.seed)
+                        state = init_state(load_params("float32", rule.trains), frozen, optimizer, config.train.seed, objective, moving)
                 else:
                     with console.phase("Reading the checkpoint"):
-                        state, position = checkpoints.restore(abstract_state(like, optimizer, mesh), frozen)
+                        moving = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), moving)
+                        state, position = checkpoints.restore(abstract_state(like, optimizer, mesh, objective, moving), frozen)
                     batches.set_state(position)
                     console.line(f"Going on from the checkpoint of step {int(state.step)}")
                 start = int(state.step)
                 writer.truncate_after(start)
+                work = Work.of(objective, live_reference=reference.kind in ("live", "adapter_off", "ema"))
+                history = [line for line in read_metrics(workdir) if line["step"] <= start]
                 with StopRequest() as stop:
-                    run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop)
-                    state = run(state, reference, start)
+                    measures = _Measures(config, None if monitor is None else monitor.jitted(), probe, history)
+                    run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop, work, measures)
+                    state = run(state, theirs, start)
         finally:
             checkpoints.close()
-    name = "" if stop.signal is None or int(state.step) >= config.train.steps else stop.signal.name
-    return Trained(union(state.params, state.frozen), int(state.step), name)
+    ended = int(state.step) >= config.train.steps or measures.reason
+    name = "" if stop.signal is None or ended else stop.signal.name
+    return Trained(union(state.params, state.frozen), int(state.step), name, measures.reason)
 
 
 @dataclasses.dataclass
@@ -119,10 +139,12 @@ class _Run:
     writer: MetricsWriter
     console: Console
     stop: StopRequest
+    work: Work
+    measures: "_Measures"
 
     def __call__(self, state: TrainState, reference: dict | None, start: int) -> TrainState:
-        steps = self.config.train.steps
-        if start >= steps:
+        steps, measures = self.config.train.steps, self.measures
+        if start >= steps or measures.reason:
             return state
         self.console.line(f"Training from step {start} to {steps}; the first step compiles")
         began, since, waited, flops, in_flight = time.monotonic(), start, 0.0, 0.0, None
@@ -137,6 +159,7 @@ class _Run:
                 self.console.line(f"Step {number + 1} has rows of a shape that is new, {batch.tokens.shape[-1]} slots: it compiles")
             shapes.add(shape)
             device_batch = to_device(batch, self.mesh)
+            extra = measures.before(number, state, reference, device_batch)
             state, metrics = self.step(state, reference, device_batch)
             # the step before has ended by now: looking at it does not hold the device up
             if in_flight is not None:
@@ -145,18 +168,23 @@ class _Run:
             done = number + 1
             if number == 0:
                 self._census(state, reference, device_batch, int(metrics["zero_gradients"]))
-            if done % self.config.train.log_every == 0 or done == steps or number == 0:
+            extra |= measures.after(done, state)
+            if done % self.config.train.log_every == 0 or done == steps or number == 0 or extra:
                 self._check_finite(*in_flight)
-                values = {name: float(value) for name, value in jax.device_get(metrics).items()} | made
+                values = {name: float(value) for name, value in jax.device_get(metrics).items()} | made | extra
                 seconds = (time.monotonic() - began) / (done - since)
                 values |= self._speed(seconds, waited / (done - since), flops / (done - since))
                 self.writer.write(done, values)
+                measures.note(done, values)
                 self.console.status(done, steps, values)
                 began, since, waited, flops = time.monotonic(), done, 0.0, 0.0
-            stopping = self._stopping()
+            stopping = self._stopping() or bool(measures.reason)
             if done % self.config.checkpoint.every == 0 or done == steps or stopping:
                 self._check_finite(*in_flight)
                 self.checkpoints.save(state, self.batches.get_state())
+            if measures.reason:
+                self.console.line(f"Stopped at step {done} of {steps}: {measures.reason}")
+                break
             if stopping and done < steps:
                 name = "SIGTERM" if self.stop.signal is None else self.stop.signal.name
                 self.console.line(f"{name}: saving at step {done}; the same command goes on from here")
@@ -170,10 +198,8 @@ class _Run:
 
     def _flops(self, batch: PairBatch) -> float:
         """Of a step on these rows of this process, as if all processes had rows of this shape: they do."""
-        objective = self.loss.objective
-        needed = {"reference": objective.needs_reference, "other_image": objective.needs_other_image}
         rows = self.config.train.batch_size / (batch.tokens.shape[0] * batch.tokens.shape[1])
-        return rows * step_flops(self.sizes, batch, **needed, freeze=self.rule.frozen)
+        return rows * step_flops(self.sizes, batch, work=self.work, freeze=self.rule.frozen)
 
     def _speed(self, seconds: float, waiting: float, flops: float) -> dict[str, float]:
         """Means over the steps since the last log, compilation of new shapes included."""
@@ -199,3 +225,33 @@ class _Run:
         if silent:
             names = zero_gradients(self.loss, state, reference, batch)
             self.console.line(f"WARNING: no gradient on the first batch reaches {silent} tensors; after it still {', '.join(names) or 'none'}")
+
+
+class _Measures:
+    """What is measured now and then beside the step, and whether that is a reason to stop."""
+
+    def __init__(
+        self, config: Config, monitor: Callable | None, probe: Callable[[dict], dict[str, float]] | None, history: list[dict[str, float]]
+    ):
+        self._config, self._monitor, self._probe, self._history = config, monitor, probe, history
+        self.reason = reason_to_stop(history, config.stop)
+
+    def before(self, number: int, state: TrainState, reference: dict | None, batch: PairBatch) -> dict[str, float]:
+        """What the monitor says of the rows of step `number`, counted from 0, before they are trained on."""
+        every = self._config.monitor.every
+        if self._monitor is None or not 0 < every <= self._config.train.steps or number % every:
+            return {}
+        theirs = state.reference or None if reference is None else reference
+        found = self._monitor(state.params, state.frozen, theirs, batch, jax.random.fold_in(state.key, number))
+        return {name: float(value) for name, value in jax.device_get(found).items()}
+
+    def after(self, done: int, state: TrainState) -> dict[str, float]:
+        """What the probe says after `done` steps."""
+        every = self._config.eval.probe_every
+        if self._probe is None or not every or done % every:
+            return {}
+        return {f"probe/{name}": value for name, value in self._probe(union(state.params, state.frozen)).items()}
+
+    def note(self, done: int, values: dict[str, float]) -> None:
+        self._history.append({"step": done, **values})
+        self.reason = reason_to_stop(self._history, self._config.stop)

@@ -1,4 +1,4 @@
-"""One optimizer step: image and prompt once, both answers behind them, policy and reference, gradient, update."""
+"""One optimizer step: image and prompt once, all answers behind them, policy and reference, gradient, update."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,123 +6,75 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from mmalign_jax import losses
-from mmalign_jax.models.lora import is_factor
-from mmalign_jax.models.mllm import Mllm
-from mmalign_jax.models.tree import split, union
-from mmalign_jax.pairs import views
+from mmalign_jax.losses import BranchStats, Need, Objective
+from mmalign_jax.training.loss import LossFunction, Metrics, Moment
 from mmalign_jax.training.trainable import unreached
-from mmalign_jax.types import BranchStats, PairBatch, TrainState
-
-Metrics = dict[str, Float[Array, ""]]
-
-
-def init_state(params: dict, frozen: dict, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step. The optimizer's moments take the sharding of their parameters. Call it under the mesh."""
-    return TrainState(jnp.int32(0), params, frozen, jax.jit(optimizer.init)(params), jax.random.key(seed))
-
-
-def branch_logps(
-    model: Mllm, params: dict, tower: Float[Array, "B F Z"], batch: PairBatch
-) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
-    """Sums of the log-probs of every answer of packed rows, and the answers' lengths.
-
-    Args:
-      tower: features of the rows' images before the projector.
-    """
-    features = model.project(params, tower)
-    hidden = model.hidden(params, features, batch)
-    head = model.head(params).astype(model.dtype)
-    slots = {"prefix_slots": batch.prefix_slots, "answer_slots": batch.answer_slots, "softcap": model.config.decoder.final_softcap}
-    logps, mask = losses.answer_logps(hidden, head, batch.tokens, batch.role, **slots)
-    weight = batch.token_weight[:, batch.prefix_slots :].reshape(logps.shape)
-    return losses.sums(logps, mask, weight)
+from mmalign_jax.types import PairBatch, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class LossFunction:
-    """Policy parameters and a batch -> loss. Only what the objective declares is computed.
+class Follow:
+    """A reference that follows the policy (TR-DPO, arXiv 2404.09656): every `every` steps it becomes `share` of the policy and the rest of itself."""
 
-    Where nothing of the vision tower trains, its features are computed once and shared by policy and reference. A reference whose tree
-    has no low-rank factors is the model with its adapter off.
+    share: float
+    every: int
+
+    def __call__(self, reference: dict, params: dict, step: Int[Array, ""]) -> dict:
+        """The reference after step number `step`, counted from 1. It keeps its type."""
+
+        def moved(theirs: Array, ours: Array) -> Array:
+            new = self.share * ours.astype(jnp.float32) + (1 - self.share) * theirs.astype(jnp.float32)
+            return new.astype(theirs.dtype)
+
+        return jax.lax.cond(step % self.every == 0, lambda: jax.tree.map(moved, reference, params), lambda: reference)
+
+
+def init_state(
+    params: dict,
+    frozen: dict,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    objective: Objective | None = None,
+    reference: dict | None = None,
+) -> TrainState:
+    """The state before the first step. The optimizer's moments take the sharding of their parameters. Call it under the mesh.
+
+    Args:
+      objective: whose own state is part of it.
+      reference: where it follows the policy.
     """
-
-    model: Mllm
-    objective: losses.Objective
-
-    def __call__(
-        self, params: dict, frozen: dict, reference: dict | None, batch: PairBatch, key: Array
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """Mean loss over the rows, and metrics.
-
-        Args:
-          params: the policy's trainable leaves. frozen: its other leaves, the reference's too.
-          reference: the reference's own copies of trainable leaves (`trainable.Trainable`); None when the objective needs none.
-          key: of the step; random views are drawn from it and the rows' record keys, once for policy and reference.
-        """
-        policy, fixed = union(params, frozen), "vision_tower" not in params
-        with jax.named_scope("policy"):
-            tower = self._tower(self.model, policy, batch, fixed)
-            sums, lengths = branch_logps(self.model, policy, tower, batch)
-        stats = BranchStats(policy=sums, lengths=lengths, margin=batch.margin)
-        if self.objective.needs_other_image:
-            other = self._other_image(batch, key)
-            with jax.named_scope("policy_other_image"):
-                other_tower = self._tower(self.model, policy, other, fixed)
-                stats = dataclasses.replace(stats, policy_other_image=branch_logps(self.model, policy, other_tower, other)[0][:, 0])
-        if self.objective.needs_reference:
-            theirs = jax.lax.stop_gradient(union(reference, frozen))
-            model = self.model if split(reference, is_factor)[0] else self.model.without_adapter()
-            with jax.named_scope("reference"):
-                tower = tower if fixed else self._tower(model, theirs, batch, fixed)
-                stats = dataclasses.replace(stats, reference=branch_logps(model, theirs, tower, batch)[0])
-                if self.objective.needs_other_image:
-                    other_tower = other_tower if fixed else self._tower(model, theirs, other, fixed)
-                    sums = branch_logps(model, theirs, other_tower, other)[0][:, 0]
-                    stats = dataclasses.replace(stats, reference_other_image=sums)
-        per_pair, metrics = self.objective(stats)
-        return jnp.mean(per_pair), metrics
-
-    @staticmethod
-    def _tower(model: Mllm, params: dict, batch: PairBatch, fixed: bool) -> Float[Array, "B F Z"]:
-        features = model.tower(params, batch.images, batch.patches)
-        return jax.lax.stop_gradient(features) if fixed else features
-
-    def _other_image(self, batch: PairBatch, key: Array) -> PairBatch:
-        """The chosen answer under a small random crop of its image (mDPO's conditional term)."""
-        keys = views.row_keys(key, batch.record_key, 0)
-        extent = None if batch.patches is None else batch.patches.extent
-        return batch.first_answers(1).with_images(views.random_resized_crop(batch.images, keys, extent=extent))
+    carried = {} if objective is None else objective.initial_state()
+    return TrainState(jnp.int32(0), params, frozen, jax.jit(optimizer.init)(params), jax.random.key(seed), carried, reference or {})
 
 
 def make_train_step(
-    loss: LossFunction, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    follow: Follow | None = None,
+    rows_per_epoch: int = 0,
 ) -> Callable[[TrainState, dict | None, PairBatch], tuple[TrainState, Metrics]]:
     """The step `(state, reference, batch [A, B, ...]) -> (state, metrics)`, jitted, its state donated.
 
-    The A parts of the batch are computed one after another; gradients and metrics are their means: those of the whole batch.
+    The A parts of the batch are computed one after another; gradients and metrics are their means: those of the whole batch. Where the
+    objective needs statistics over all rows, the parts are computed once more without gradient, before.
+
+    Args:
+      follow: the reference is in the state, and moves; the argument is None then.
+      rows_per_epoch: rows of the data set, for what changes by epoch; 0: everything is one epoch.
     """
 
     def step(state: TrainState, reference: dict | None, batch: PairBatch) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(state.key, state.step)
-        gradient = jax.value_and_grad(loss, has_aux=True)
-
-        def part(some: PairBatch):
-            (value, metrics), grads = gradient(state.params, state.frozen, reference, some, key)
-            return grads, {"loss": value, **metrics}
-
-        parts = batch.tokens.shape[0]
-        first = jax.tree.map(lambda x: x[0], batch)
-        if parts == 1:
-            grads, metrics = part(first)
-        else:
-            metric_shapes = jax.eval_shape(part, first)[1]
-            total = (jax.tree.map(jnp.zeros_like, state.params), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metric_shapes))
-            add = lambda total, some: (jax.tree.map(jnp.add, total, part(some)), None)  # noqa: E731
-            total, _ = jax.lax.scan(add, total, batch)
-            grads, metrics = jax.tree.map(lambda x: x / parts, total)
+        parts, rows = batch.tokens.shape[:2]
+        epoch = state.step * (parts * rows) // rows_per_epoch if rows_per_epoch else jnp.int32(0)
+        moment = Moment(state.step, epoch, state.objective)
+        reference = state.reference if follow is not None else reference
+        prepared = loss.prepared(batch)
+        of = lambda params, some: loss.statistics(params, state.frozen, reference, some, state.key, moment)  # noqa: E731
+        grads, metrics, carried = _gradient(loss.objective, of, state.params, prepared, moment)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -132,10 +84,71 @@ def make_train_step(
             "learning_rate": schedule(state.step),
             "padding_fraction": jnp.mean(batch.role == 0, dtype=jnp.float32),
         }
-        new = TrainState(state.step + 1, params, state.frozen, opt_state, state.key)
-        return new, metrics
+        moved = state.reference if follow is None else follow(state.reference, params, state.step + 1)
+        return TrainState(state.step + 1, params, state.frozen, opt_state, state.key, carried, moved), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+Of = Callable[[dict, PairBatch], BranchStats]
+
+
+def _gradient(objective: Objective, of: Of, params: dict, batch: PairBatch, moment: Moment) -> tuple[dict, Metrics, dict]:
+    """(gradient, metrics, the objective's state after the step), over all parts of the batch."""
+
+    def mean(params: dict, some: PairBatch) -> tuple[Float[Array, ""], tuple[Metrics, dict]]:
+        stats = of(params, some)
+        per_pair, metrics = objective(stats)
+        value = jnp.mean(per_pair)
+        return value, ({"loss": value, **metrics}, objective.next_state(stats))
+
+    def part(some: PairBatch) -> tuple[dict, Metrics, dict]:
+        (_, (metrics, carried)), grads = jax.value_and_grad(mean, has_aux=True)(params, some)
+        return grads, metrics, carried
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    if batch.tokens.shape[0] == 1:
+        return part(first)
+    if Need.BATCH in objective.needs:
+        return _over_all_rows(objective, of, params, batch)
+    grads, metrics = _mean_over_parts(lambda some: part(some)[:2], params, batch, first)
+    return grads, metrics, moment.objective
+
+
+def _over_all_rows(objective: Objective, of: Of, params: dict, batch: PairBatch) -> tuple[dict, Metrics, dict]:
+    """The gradient where a row's loss depends on all rows: first their statistics, and what the loss asks of each, then its gradient by part."""
+    _, by_part = jax.lax.scan(lambda _, some: (None, of(params, some)), None, batch)
+    shared = ("state", "epoch", "key")  # the same for all rows
+    alike = {name: jax.tree.map(lambda x: x[0], getattr(by_part, name)) for name in shared}
+    rows = dataclasses.replace(by_part, **dict.fromkeys(shared))
+    whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+
+    def mean(rows: BranchStats) -> tuple[Float[Array, ""], Metrics]:
+        per_pair, metrics = objective(dataclasses.replace(rows, **alike))
+        value = jnp.mean(per_pair)
+        return value, {"loss": value, **metrics}
+
+    asked, metrics = jax.grad(mean, has_aux=True, allow_int=True)(whole)
+    asked = jax.tree.map(lambda g, x: g.reshape(x.shape) if g.dtype == x.dtype else jnp.zeros(x.shape, jnp.float32), asked, rows)
+
+    def surrogate(params: dict, some: PairBatch, asked: BranchStats) -> Float[Array, ""]:
+        """A number whose gradient is that of the loss."""
+        rows = dataclasses.replace(of(params, some), **dict.fromkeys(shared))
+        terms = jax.tree.map(lambda g, x: jnp.sum(g * x) if jnp.issubdtype(x.dtype, jnp.floating) else 0.0, asked, rows)
+        return sum(jax.tree.leaves(terms))
+
+    def add(total: dict, some: tuple[PairBatch, BranchStats]) -> tuple[dict, None]:
+        return jax.tree.map(jnp.add, total, jax.grad(surrogate)(params, *some)), None
+
+    grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), (batch, asked))
+    return grads, metrics, objective.next_state(dataclasses.replace(whole, **alike))
+
+
+def _mean_over_parts(part: Callable, params: dict, batch: PairBatch, first: PairBatch) -> tuple[dict, Metrics]:
+    shapes = jax.eval_shape(part, first)[1]
+    total = (jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    total, _ = jax.lax.scan(lambda total, some: (jax.tree.map(jnp.add, total, part(some)), None), total, batch)
+    return jax.tree.map(lambda x: x / batch.tokens.shape[0], total)
 
 
 def zero_gradients(loss: LossFunction, state: TrainState, reference: dict | None, batch: PairBatch) -> list[str]:
@@ -143,8 +156,9 @@ def zero_gradients(loss: LossFunction, state: TrainState, reference: dict | None
 
     @jax.jit
     def silent(params: dict, frozen: dict, reference: dict | None, batch: PairBatch, key: Array) -> dict:
-        grads = jax.grad(lambda p: loss(p, frozen, reference, jax.tree.map(lambda x: x[0], batch), key)[0])(params)
+        first = jax.tree.map(lambda x: x[0], loss.prepared(batch))
+        grads = jax.grad(lambda p: loss(p, frozen, reference, first, key)[0])(params)
         return unreached(grads, params)
 
-    found = jax.device_get(silent(state.params, state.frozen, reference, batch, state.key))
+    found = jax.device_get(silent(state.params, state.frozen, state.reference or None if reference is None else reference, batch, state.key))
     return [name for name, is_silent in found.items() if is_silent]

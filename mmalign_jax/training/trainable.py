@@ -51,6 +51,11 @@ class Trainable:
         """Whether the reference has a copy of its own of this leaf; it shares the frozen ones."""
         return self.trains(path) and not (self.adapter_off and is_factor(path))
 
+    @property
+    def only_new_factors(self) -> bool:
+        """Nothing trains but low-rank factors that began by adding nothing: the model without them is the reference."""
+        return self.adapter_off and self.frozen == frozenset(PARTS)
+
     def untouched(self, sizes: MllmConfig) -> list[str]:
         """Parts of which nothing trains."""
         return [part for part in PARTS if part in self.frozen and part not in sizes.lora]

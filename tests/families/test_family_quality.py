@@ -12,7 +12,7 @@ from helpers.tiny import Tiny, answer_sums, batch_of, quick_jit, rows, sample
 from mmalign_jax import losses
 from mmalign_jax.mesh import make_mesh, sharding
 from mmalign_jax.sampling import DecodeOptions
-from mmalign_jax.training.step import LossFunction
+from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX
 
 CASES = all_cases()

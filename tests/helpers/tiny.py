@@ -18,7 +18,7 @@ from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.mllm import Mllm, Prefill
 from mmalign_jax.models.params import param_shardings
 from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
-from mmalign_jax.training.step import branch_logps
+from mmalign_jax.training.branches import Side, branch_logps
 from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import Media, PairBatch, Part, Preference, PreferenceRecord, Response, Turn
 
@@ -110,7 +110,7 @@ def prefill(model: Mllm, params: dict, batch: PairBatch, visible=None) -> Prefil
 
 def answer_sums(model: Mllm, params: dict, batch: PairBatch) -> jax.Array:
     """Log-prob sums `[B, K]` of the answers."""
-    return branch_logps(model, params, model.tower(params, batch.images, batch.patches), batch)[0]
+    return branch_logps(Side(model, params), model.tower(params, batch.images, batch.patches), batch)[0]
 
 
 def sample(model: Mllm, params: dict, batch: PairBatch, options: DecodeOptions, lanes: int = 1, seed: int = 0) -> Samples:

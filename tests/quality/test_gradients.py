@@ -10,7 +10,8 @@ from helpers.checkpoints import tiny_llava
 from helpers.tiny import MIXED, Tiny, batch_of, parts, quick_jit, rows
 
 from mmalign_jax import losses
-from mmalign_jax.training.step import LossFunction, zero_gradients
+from mmalign_jax.training.loss import LossFunction
+from mmalign_jax.training.step import zero_gradients
 from mmalign_jax.types import TrainState
 
 KEY = jax.random.key(0)

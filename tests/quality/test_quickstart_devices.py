@@ -19,7 +19,8 @@ from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import param_shardings
 from mmalign_jax.scenes import splits
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
-from mmalign_jax.training.step import LossFunction, init_state, make_train_step
+from mmalign_jax.training.loss import LossFunction
+from mmalign_jax.training.step import init_state, make_train_step
 from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import Preference, Response
 
@@ -57,7 +58,7 @@ def metrics_on(mesh, batches):
     optimizer = make_optimizer(c.optimizer, c.train.steps)
     read = lambda: Trainable.of(c, sizes).split(load_params(path, sizes, param_shardings(sizes, mesh)))  # noqa: E731
     with jax.set_mesh(mesh):
-        state, reference = init_state(*read(), optimizer, c.train.seed), read()[0] if loss.objective.needs_reference else None
+        state, reference = init_state(*read(), optimizer, c.train.seed), read()[0] if loss.reads_reference else None
         placed = [to_device(batch, mesh) for batch in batches]
         step = make_train_step(loss, optimizer, make_schedule(c.optimizer, c.train.steps))
         step = step.lower(state, reference, placed[0]).compile(compiler_options={"xla_backend_optimization_level": 0})

@@ -12,7 +12,7 @@ from helpers.tiny import FROZEN_TOWER, MIXED, Tiny, answer_sums, batch_of, quick
 from mmalign_jax import losses
 from mmalign_jax.mesh import make_mesh, sharding
 from mmalign_jax.sampling import DecodeOptions
-from mmalign_jax.training.step import LossFunction
+from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.trainable import Trainable
 
 EIGHT = [dataclasses.replace(r, id=f"{r.id} {half}") for half in range(2) for r in MIXED]

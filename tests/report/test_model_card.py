@@ -23,6 +23,7 @@ FACTS = Facts(
     base="org/model-7b",
     step=30,
     hyperparameters={"beta": 0.25, "nll_weight": 1.0},
+    paper="2305.18290",
     licence={"license": "other", "license_name": "theirs"},
     dataset="org/set",
     on_hub=True,

@@ -21,8 +21,9 @@ from mmalign_jax.models.params import param_shardings
 from mmalign_jax.report.console import Console
 from mmalign_jax.training.checkpoint import Checkpoints, abstract_policy, abstract_state, restore_params
 from mmalign_jax.training.loop import train
+from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.optimizer import make_optimizer
-from mmalign_jax.training.step import LossFunction, init_state
+from mmalign_jax.training.step import init_state
 
 SAVED_STEP = 3
 FROZEN = ("vision_tower",)

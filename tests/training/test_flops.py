@@ -7,7 +7,7 @@ import pytest
 from mmalign_jax.models.config import Lora
 from mmalign_jax.models.params import abstract_params
 from mmalign_jax.models.presets import preset
-from mmalign_jax.training.flops import mfu, step_flops
+from mmalign_jax.training.flops import Work, mfu, step_flops
 from mmalign_jax.types import PairBatch
 
 SIZES = preset("llava-1.5-7b")
@@ -23,7 +23,7 @@ def batch(rows, prefix=640, answer=128, images=1):
 
 
 def flops(some, reference=True, other_image=False, freeze=TOWER):
-    return step_flops(SIZES, some, reference=reference, other_image=other_image, freeze=freeze)
+    return step_flops(SIZES, some, work=Work(reference, int(other_image)), freeze=freeze)
 
 
 def test_near_eight_times_parameters_times_tokens():
@@ -52,7 +52,7 @@ def test_a_frozen_decoder_still_carries_gradients_to_what_trains_below(freeze, s
 
 def lora_flops(some, parts=(), freeze=("vision_tower", "projector", "decoder")):
     sizes = SIZES.with_lora({part: Lora(16, 16.0, ("query", "down")) for part in parts})
-    return step_flops(sizes, some, reference=True, other_image=False, freeze=freeze)
+    return step_flops(sizes, some, work=Work(reference=True), freeze=freeze)
 
 
 def test_lora_carries_the_gradient_and_has_none_for_the_weights():

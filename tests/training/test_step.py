@@ -14,8 +14,9 @@ from mmalign_jax import losses
 from mmalign_jax.config import OptimizerConfig
 from mmalign_jax.data.device import to_device
 from mmalign_jax.mesh import make_mesh
+from mmalign_jax.training.loss import LossFunction, Moment
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
-from mmalign_jax.training.step import LossFunction, init_state, make_train_step
+from mmalign_jax.training.step import init_state, make_train_step
 from mmalign_jax.types import PAD
 
 RATE = 0.05
@@ -101,7 +102,7 @@ def test_metrics_of_the_step(first, batch):
     np.testing.assert_allclose(metrics["grad_norm"], moved / RATE, rtol=1e-4)
 
 
-def test_steps_lower_the_loss_and_draw_other_crops(step):
+def test_steps_lower_the_loss_and_keep_the_crops(step):
     state, seen = step.state(), []
     for _ in range(6):
         state, metrics = step(state)
@@ -109,13 +110,23 @@ def test_steps_lower_the_loss_and_draw_other_crops(step):
     assert seen[-1]["loss"] < seen[0]["loss"] - 0.1
     assert seen[-1]["rewards/margins"] > 0
     np.testing.assert_allclose([m["learning_rate"] for m in seen], RATE * (1 - np.arange(6) / 10), rtol=1e-5)
-    # crops are a function of the step: with a policy that stays, the corrupted picture's log-probs differ by the crop alone
-    loss = quick_jit(LossFunction(step.tiny.model, losses.build("mdpo")))
+
+
+def test_crops_depend_on_the_seed_and_by_choice_on_the_epoch(step, first):
+    """With a policy that stays, the corrupted picture's log-probs differ by the crop alone."""
     rows = jax.tree.map(lambda x: x[0], step.batch)
-    keys = [jax.random.fold_in(jax.random.key(3), number) for number in (0, 1)]
-    drawn = [float(loss(step.tiny.params, {}, step.tiny.params, rows, key)[1]["logps/chosen_other_image"]) for key in keys]
-    np.testing.assert_allclose(drawn[0], seen[0]["logps/chosen_other_image"], rtol=1e-5)
-    assert abs(drawn[0] - drawn[1]) > 1e-3
+    objective, params = losses.build("mdpo"), step.tiny.params
+
+    def drawn(seed: int, number: int, epoch: int, redraw: bool) -> float:
+        loss = runs[redraw]
+        moment = Moment(jnp.int32(number), jnp.int32(epoch), {})
+        return float(loss(params, {}, params, rows, jax.random.key(seed), moment)[1]["logps/chosen_other_image"])
+
+    runs = {redraw: quick_jit(LossFunction(step.tiny.model, objective, redraw_views=redraw)) for redraw in (False, True)}
+    one = drawn(3, 0, 0, False)
+    np.testing.assert_allclose(one, first[2]["logps/chosen_other_image"], rtol=1e-5)
+    assert drawn(3, 7, 2, False) == one and abs(drawn(4, 0, 0, False) - one) > 1e-3
+    assert abs(drawn(3, 9, 1, True) - drawn(3, 0, 0, True)) > 1e-3 and drawn(3, 9, 1, True) == drawn(3, 8, 1, True)
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +164,18 @@ def test_an_objective_that_needs_a_reference_does_not_run_without(tiny, batch):
 
 
 def test_margin_reaches_the_objective(tiny, batch):
-    loss = LossFunction(tiny.model, dataclasses.replace(losses.build("simpo"), function=lambda stats, **_: (stats.margin, {})))
-    value, _ = quick_jit(loss)(tiny.params, {}, None, dataclasses.replace(batch, margin=jnp.arange(4.0)), jax.random.key(0))
-    assert value == 1.5
+    loss = LossFunction(tiny.model, losses.build("mm_dpo"))
+    reference = jax.tree.map(lambda x: x * np.float32(1.01), tiny.params)
+    run = quick_jit(lambda margin: loss(tiny.params, {}, reference, dataclasses.replace(batch, margin=margin), jax.random.key(0))[1]["beta"])
+    np.testing.assert_allclose(run(jnp.zeros(4)), 0.1, rtol=1e-6)
+    np.testing.assert_allclose(run(jnp.array([0.0, 1.0, 4.0, 4.0])), np.mean([0.1, 0.119673, 0.143233, 0.143233]), rtol=1e-5)
+
+
+def test_weight_of_a_pair_multiplies_its_loss(tiny, batch):
+    loss = LossFunction(tiny.model, losses.build("simpo"))
+    run = quick_jit(lambda weight: loss(tiny.params, {}, None, dataclasses.replace(batch, weight=weight), jax.random.key(0))[0])
+    alone = [float(run(jnp.eye(4)[row])) for row in range(4)]
+    np.testing.assert_allclose(run(jnp.array([2.0, 0.0, 1.0, 0.5])), 2 * alone[0] + alone[2] + 0.5 * alone[3], rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -22,8 +22,9 @@ from mmalign_jax.models.lora import initial_factors, is_factor
 from mmalign_jax.models.tree import split, union
 from mmalign_jax.report.console import Console
 from mmalign_jax.training.loop import train
+from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.optimizer import make_optimizer
-from mmalign_jax.training.step import LossFunction, init_state, make_train_step, zero_gradients
+from mmalign_jax.training.step import init_state, make_train_step, zero_gradients
 from mmalign_jax.training.trainable import Trainable, unreached
 
 LOG2 = np.float32(np.log(2))

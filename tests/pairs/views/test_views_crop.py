@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from helpers.tiny import quick_jit
 
 from mmalign_jax import mesh, types
 from mmalign_jax.pairs import views
@@ -16,13 +17,18 @@ def pictures(rows=B):
     return jnp.array(np.random.default_rng(0).integers(0, 256, (rows, M, Y, W, 3)), jnp.uint8)
 
 
+random_resized_crop = quick_jit(views.random_resized_crop)
+resized_crop = quick_jit(views.resized_crop)
+row_keys = quick_jit(views.row_keys)
+
+
 def crops(images, records=RECORDS, epoch=0, seed=SEED):
-    return jax.jit(views.random_resized_crop)(images, views.row_keys(seed, records, epoch))
+    return random_resized_crop(images, row_keys(seed, records, epoch))
 
 
 def boxes(count, height, width, scale=(0.01, 0.20), ratio=(3 / 4, 4 / 3)):
     keys = jax.random.split(SEED, count)
-    return np.asarray(jax.jit(jax.vmap(lambda key: views.crop_box(key, height, width, scale, ratio)))(keys)).T
+    return np.asarray(quick_jit(jax.vmap(lambda key: views.crop_box(key, height, width, scale, ratio)))(keys)).T
 
 
 def test_drawn_from_seed_record_and_epoch_alone():
@@ -43,7 +49,7 @@ def test_rows_and_images_of_a_row_have_their_own_boxes():
 
 
 def test_row_keys_take_a_traced_step():
-    keys = jax.jit(lambda step: views.row_keys(SEED, RECORDS, step))(jnp.int32(7))
+    keys = quick_jit(lambda step: views.row_keys(SEED, RECORDS, step))(jnp.int32(7))
     np.testing.assert_array_equal(jax.random.key_data(keys), jax.random.key_data(views.row_keys(SEED, RECORDS, 7)))
     assert len(np.unique(jax.random.key_data(keys), axis=0)) == B
 
@@ -52,7 +58,7 @@ def test_a_coordinate_ramp_shows_one_to_twenty_per_cent():
     size = 200
     y, x = jnp.meshgrid(jnp.arange(size, dtype=jnp.float32), jnp.arange(size, dtype=jnp.float32), indexing="ij")
     ramp = jnp.broadcast_to(jnp.stack([y, x, y * 0], axis=-1), (32, 1, size, size, 3))
-    out = np.asarray(views.random_resized_crop(ramp, jax.random.split(SEED, 32)))[:, 0]
+    out = np.asarray(random_resized_crop(ramp, jax.random.split(SEED, 32)))[:, 0]
     assert out.dtype == np.float32
     # the first and the last pixel of a crop keep their values
     h, w = (out[:, -1, -1, i] - out[:, 0, 0, i] + 1 for i in (0, 1))
@@ -96,7 +102,7 @@ def test_the_central_crop_when_no_draw_fits(height, width, expected):
 @pytest.mark.parametrize("box", [(3, 5, 6, 7), (0, 0, 1, 1), (23, 31, 1, 1), (0, 0, Y, W), (10, 0, 14, 4), (1, 20, 5, 12)])
 def test_equals_cropping_and_resizing_with_pillow(box):
     images = pictures(1)
-    out = np.asarray(views.resized_crop(images, jnp.broadcast_to(jnp.array(box), (1, M, 4))))
+    out = np.asarray(resized_crop(images, jnp.broadcast_to(jnp.array(box), (1, M, 4))))
     top, left, h, w = box
     for m in range(M):
         picture = PIL.Image.fromarray(np.asarray(images[0, m])).crop((left, top, left + w, top + h))
@@ -108,20 +114,19 @@ def test_equals_cropping_and_resizing_with_pillow(box):
 
 def test_no_pixel_outside_of_the_box_is_read():
     images = jnp.full((1, 1, Y, W, 3), 1e6).at[:, :, 4:9, 6:12].set(1.0)
-    np.testing.assert_allclose(views.resized_crop(images, jnp.array([[[4, 6, 5, 6]]])), 1.0, atol=1e-5)
+    np.testing.assert_allclose(resized_crop(images, jnp.array([[[4, 6, 5, 6]]])), 1.0, atol=1e-5)
 
 
 def test_same_views_on_one_and_on_eight_devices():
     images = pictures()
     expected = crops(images)
-    for sizes in ({"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}):
-        grid = mesh.make_mesh(**sizes)
-        with jax.set_mesh(grid):
-            sharded = jax.device_put(images, mesh.sharding(grid, "batch", *[None] * 4))
-            records = jax.device_put(RECORDS, mesh.sharding(grid, "batch"))
-            out = jax.jit(lambda x, r: views.random_resized_crop(x, views.row_keys(SEED, r, 0)))(sharded, records)
-            assert jax.typeof(out).sharding.spec == mesh.spec("batch", *[None] * 4)
-        np.testing.assert_array_equal(out, expected)
+    grid = mesh.make_mesh(data=2, fsdp=4)
+    with jax.set_mesh(grid):
+        sharded = jax.device_put(images, mesh.sharding(grid, "batch", *[None] * 4))
+        records = jax.device_put(RECORDS, mesh.sharding(grid, "batch"))
+        out = quick_jit(lambda x, r: views.random_resized_crop(x, views.row_keys(SEED, r, 0)))(sharded, records)
+        assert jax.typeof(out).sharding.spec == mesh.spec("batch", *[None] * 4)
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_a_picture_in_the_corner_of_its_canvas_is_cropped_as_it_is_alone():
@@ -129,8 +134,9 @@ def test_a_picture_in_the_corner_of_its_canvas_is_cropped_as_it_is_alone():
     canvas = jnp.zeros((1, M, Y + 13, W + 7, 3), jnp.uint8).at[:, :, :Y, :W].set(picture)
     extent = jnp.broadcast_to(jnp.array([Y, W]), (1, M, 2))
     keys = views.row_keys(SEED, RECORDS[:1], 0)
-    alone, within = views.random_resized_crop(picture, keys), views.random_resized_crop(canvas, keys, extent=extent)
+    alone, within = random_resized_crop(picture, keys), random_resized_crop(canvas, keys, extent=extent)
     np.testing.assert_array_equal(within[:, :, :Y, :W], alone)
+    assert not within[:, :, Y:].any() and not within[:, :, :, W:].any()
     # a canvas without a picture has none afterwards
-    empty = views.random_resized_crop(jnp.zeros_like(canvas), keys, extent=jnp.zeros_like(extent))
+    empty = random_resized_crop(jnp.zeros_like(canvas), keys, extent=jnp.zeros_like(extent))
     assert not empty.any()

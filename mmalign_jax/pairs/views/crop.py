@@ -1,17 +1,23 @@
-"""Corrupted views of images. A view is drawn once a row and step; policy and reference are given the same one."""
+"""A random small crop, enlarged to the image's size (mDPO)."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int, Key, UInt, UInt8
+from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 
 from mmalign_jax import mesh
+from mmalign_jax.pairs.views.keys import image_keys
+from mmalign_jax.pairs.views.resample import resize_weights, separable
+from mmalign_jax.pairs.views.source import Source, full_extent, onto_canvas, to_pixels
 
 _TRIES = 10
 
 
-def row_keys(seed_key: Key[Array, ""], record_key: UInt[Array, " B"], epoch: int | Int[Array, ""]) -> Key[Array, " B"]:
-    """A key for each row that depends on the seed, the row's record and the epoch (or step) alone, not on the batch or the mesh."""
-    return jax.vmap(lambda key: jax.random.fold_in(jax.random.fold_in(seed_key, key), epoch))(record_key)
+def random_crop(
+    source: Source, scale_min: float = 0.01, scale_max: float = 0.20, ratio_min: float = 3 / 4, ratio_max: float = 4 / 3
+) -> Float32[Array, "B M Y W 3"]:
+    """`random_resized_crop` as a view: a crop of scale_min .. scale_max of the area, its width / height in ratio_min .. ratio_max."""
+    boxes = _boxes(source.keys, source.extent, (scale_min, scale_max), (ratio_min, ratio_max))
+    return _resized(source.pixels, boxes, source.extent)
 
 
 def random_resized_crop(
@@ -28,17 +34,13 @@ def random_resized_crop(
 
     Args:
       images: pixels; uint8 gives uint8, any float type gives float32.
-      keys: one a row, see `row_keys`.
+      keys: one a row, see `row_keys`. The view `random_crop` draws from other keys: its name is part of them.
       scale: range of the crop's area, as a share of the image's.
       ratio: range of the crop's width / height.
       extent: height and width of the picture in the upper left corner of each canvas, in pixels; None: it fills the canvas.
     """
-    rows, count, height, width, _ = images.shape
-    if extent is None:
-        extent = jnp.broadcast_to(jnp.array([height, width]), (rows, count, 2))
-    image_keys = jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count)))(keys)
-    extent = mesh.constrain(jnp.maximum(extent, 1), "batch", None, None)
-    boxes = jax.vmap(jax.vmap(lambda key, size: crop_box(key, size[0], size[1], scale, ratio)))(image_keys, extent)
+    extent = full_extent(images, extent)
+    boxes = _boxes(image_keys(keys, images.shape[1]), jnp.maximum(extent, 1), scale, ratio)
     return resized_crop(images, boxes, extent)
 
 
@@ -75,30 +77,23 @@ def resized_crop(
     """Crops each image to its box (top, left, height, width, in pixels) and resizes the crop to the image's size, bilinearly.
 
     The result is that of cropping first: no pixel outside of the box is read. (`jax.image.scale_and_translate` on the whole image would
-    blend the box's neighbours into the border.) With `extent` it is enlarged to that size, in the upper left corner.
+    blend the box's neighbours into the border.) With `extent` it is enlarged to that size, in the upper left corner of the canvas, and
+    the rest of the canvas stays as it was.
     """
-    _, _, height, width, _ = images.shape
-    boxes = mesh.constrain(boxes, "batch", None, None)
-    rows = _interpolation(boxes[..., 0], boxes[..., 2], height, None if extent is None else extent[..., 0])
-    columns = _interpolation(boxes[..., 1], boxes[..., 3], width, None if extent is None else extent[..., 1])
-    # pixels in 0..255 need more than bfloat16's eight bits
-    precision = jax.lax.Precision.HIGHEST
-    out = jnp.einsum("bmyi,bmijc->bmyjc", rows, images.astype(jnp.float32), precision=precision)
-    out = jnp.einsum("bmwj,bmyjc->bmywc", columns, out, precision=precision)
-    if images.dtype == jnp.uint8:
-        return jnp.clip(jnp.round(out), 0, 255).astype(jnp.uint8)
-    return out
+    extent = full_extent(images, extent)
+    out = _resized(to_pixels(images, extent), mesh.constrain(boxes, "batch", None, None), jnp.maximum(extent, 1))
+    return onto_canvas(out, images, extent, as_float=False)
 
 
-def _interpolation(
-    start: Int[Array, "B M"], length: Int[Array, "B M"], size: int, extent: Int[Array, "B M"] | None
-) -> Float32[Array, "B M {size} {size}"]:
-    """Weights [output, input] that enlarge pixels start .. start + length - 1 of an axis to its first `extent` pixels; centres are at 0.5."""
-    length = length[..., None].astype(jnp.float32)
-    wanted = size if extent is None else extent[..., None]
-    centre = (jnp.arange(size) + 0.5) * length / wanted - 0.5
-    source = start[..., None] + jnp.clip(centre, 0, length - 1)
-    return jnp.maximum(0.0, 1.0 - jnp.abs(source[..., None] - jnp.arange(size)))
+def _boxes(keys: Key[Array, "B M"], extent: Int[Array, "B M 2"], scale: tuple[float, float], ratio: tuple[float, float]) -> Int[Array, "B M 4"]:
+    return jax.vmap(jax.vmap(lambda key, size: crop_box(key, size[0], size[1], scale, ratio)))(keys, extent)
+
+
+def _resized(pixels: Float32[Array, "B M Y W 3"], boxes: Int[Array, "B M 4"], extent: Int[Array, "B M 2"]) -> Float32[Array, "B M Y W 3"]:
+    _, _, height, width, _ = pixels.shape
+    rows = resize_weights(height, boxes[..., 2], extent[..., 0], start=boxes[..., 0])
+    columns = resize_weights(width, boxes[..., 3], extent[..., 1], start=boxes[..., 1])
+    return separable(pixels, rows, columns)
 
 
 def _central_box(height: int | Int[Array, ""], width: int | Int[Array, ""], ratio: tuple[float, float]) -> Int[Array, "4"]:

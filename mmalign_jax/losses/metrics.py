@@ -1,0 +1,87 @@
+"""What an objective reports beside its loss. Everything is a mean over the rows, in float32, cut off from differentiation."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from mmalign_jax.losses.beta import BetaSchedule
+from mmalign_jax.losses.branches import CHOSEN, CHOSEN_OTHER_IMAGE, REJECTED
+from mmalign_jax.losses.likelihood import Odds
+from mmalign_jax.losses.scores import Mean, Score
+from mmalign_jax.losses.stats import BranchStats
+from mmalign_jax.losses.terms import Pair, PerPair, Point, Term, Terms, Transport
+
+Metrics = dict[str, Float[Array, ""]]
+PerPairMetrics = dict[str, Float[Array, " B"] | Bool[Array, " B"]]  # not yet averaged
+
+
+def main_term(terms: Terms) -> Term | None:
+    """The first term that compares answers: its beta and its score define the rewards."""
+    return next((term for _, term in terms if isinstance(term, (Pair, Point, Transport, Odds))), None)
+
+
+def metrics_of(terms: Terms, stats: BranchStats, loss: PerPair, by_label: dict[str, PerPair]) -> Metrics:
+    """Metrics of a batch.
+
+    Args:
+      by_label: unweighted loss of the terms, by their labels; reported where there are several.
+    """
+    out = _likelihood(stats, loss)
+    if len(by_label) > 1:
+        out |= {f"loss/{label}": value for label, value in by_label.items()}
+    if stats.answers.policy.shape[1] > 1:
+        out |= {"logps/rejected": stats.answers.policy[:, 1], "lengths/rejected": stats.answers.lengths[:, 1]}
+    if (main := main_term(terms)) is not None:
+        h, rewards = _rewards(main, stats)
+        out |= rewards | {"grad_weight": jax.nn.sigmoid(-h)}
+        if isinstance(main, Pair) and isinstance(main.beta, BetaSchedule):
+            out["beta"] = main.betas(stats)
+        if stats.answers.reference is not None:
+            out |= _drift(stats, h)
+    if stats.other_image is not None:
+        out["logps/chosen_other_image"] = stats.other_image.policy[:, 0]
+    return {name: jax.lax.stop_gradient(jnp.mean(value.astype(jnp.float32))) for name, value in out.items()}
+
+
+def _rewards(main: Term, stats: BranchStats) -> tuple[PerPair, PerPairMetrics]:
+    """The argument of the main term's link (of its kind), and the rewards of its two branches."""
+    if isinstance(main, Odds):
+        score, beta = Score(Mean(), reference=False), 1.0
+    else:
+        score = main.score
+        beta = main.betas(stats) if isinstance(main, Pair) else main.beta
+    win, lose = (main.win, main.lose) if isinstance(main, Pair) else (CHOSEN, REJECTED)
+    chosen, rejected = beta * score(stats, win), beta * score(stats, lose)
+    h = chosen - rejected if isinstance(main, Point) else main.logit(stats)
+    out = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": chosen > rejected,  # a tie is wrong
+    }
+    if stats.other_image is not None and (not score.reference or stats.other_image.reference is not None):
+        other = beta * score(stats, CHOSEN_OTHER_IMAGE)
+        out |= {"rewards/chosen_other_image": other, "rewards/accuracies_image": beta * score(stats, CHOSEN) > other}
+    return h, out
+
+
+def _likelihood(stats: BranchStats, loss: PerPair) -> PerPairMetrics:
+    answers = stats.answers
+    length = answers.lengths[:, 0]
+    return {
+        "loss": loss,
+        "nll/chosen": -answers.policy[:, 0] / jnp.where(length > 0, length, 1.0) if stats.nll is None else stats.nll,
+        "logps/chosen": answers.policy[:, 0],
+        "lengths/chosen": length,
+    }
+
+
+def _drift(stats: BranchStats, h: PerPair) -> PerPairMetrics:
+    """How far the chosen answer has moved from the reference; displaced pairs improve while their chosen answer gets less likely."""
+    answers = stats.answers
+    chosen, length = answers.policy[:, 0] - answers.reference[:, 0], answers.lengths[:, 0]
+    return {
+        "chosen_drift": chosen,
+        "chosen_drift_per_token": chosen / jnp.where(length > 0, length, 1.0),
+        "displacement_rate": (chosen < 0) & (h > 0),
+    }

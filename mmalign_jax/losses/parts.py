@@ -1,0 +1,26 @@
+"""Everything that an objective is made of, for the files of `configs/objectives`."""
+
+from mmalign_jax.losses.addends import ChosenPenalty, ImageGap, LengthGap, SequenceKl
+from mmalign_jax.losses.baselines import BatchKl, Constant, RunningMean
+from mmalign_jax.losses.beta import ByBatch, ByEpoch, ByHardness, ByMargin
+from mmalign_jax.losses.branches import (
+    CHOSEN,
+    CHOSEN_NO_IMAGE,
+    CHOSEN_OTHER_IMAGE,
+    REJECTED,
+    REJECTED_OTHER_IMAGE,
+    SELF_REJECTED,
+)
+from mmalign_jax.losses.likelihood import Auxiliary, ConfidenceLikelihood, Likelihood, Odds, TokenKl
+from mmalign_jax.losses.links import discopop, exo, exp, hinge, logistic, robust, sigmoid, square
+from mmalign_jax.losses.scores import Divergence, LengthDesensitized, Mean, Score, Sum, Weighted
+from mmalign_jax.losses.terms import Pair, Point, Terms, Transport
+from mmalign_jax.losses.trust import Trust
+
+__all__ = [
+    "CHOSEN", "CHOSEN_NO_IMAGE", "CHOSEN_OTHER_IMAGE", "REJECTED", "REJECTED_OTHER_IMAGE", "SELF_REJECTED",
+    "Auxiliary", "BatchKl", "ByBatch", "ByEpoch", "ByHardness", "ByMargin", "ChosenPenalty", "ConfidenceLikelihood", "Constant", "Divergence",
+    "ImageGap", "LengthDesensitized", "LengthGap", "Likelihood", "Mean", "Odds", "Pair", "Point", "RunningMean", "Score", "SequenceKl", "Sum",
+    "Terms", "TokenKl", "Transport", "Trust", "Weighted",
+    "discopop", "exo", "exp", "hinge", "logistic", "robust", "sigmoid", "square",
+]  # fmt: skip

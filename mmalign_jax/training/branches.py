@@ -1,0 +1,117 @@
+"""Rows -> the statistics that an objective declares. Nothing else is computed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mmalign_jax import losses, mesh
+from mmalign_jax.losses import AnswerLogps, TokenStats
+from mmalign_jax.models.mllm import Mllm
+from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX, PairBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """Policy or reference: a model and its whole parameter tree."""
+
+    model: Mllm
+    params: dict
+
+    def tower(self, batch: PairBatch) -> Float[Array, "B F Z"]:
+        return self.model.tower(self.params, batch.images, batch.patches)
+
+    def hidden(self, tower: Float[Array, "B F Z"], batch: PairBatch) -> Float[Array, "B T D"]:
+        """Last hidden states of packed rows, from the tower's features of their images."""
+        return self.model.hidden(self.params, self.model.project(self.params, tower), batch)
+
+    def head(self) -> Float[Array, "D V"]:
+        return self.model.head(self.params).astype(self.model.dtype)
+
+    def tokens(
+        self,
+        hidden: Float[Array, "B T D"],
+        batch: PairBatch,
+        wanted: tuple[str, ...] = (),
+        reference: tuple[Array, Array] | None = None,
+    ) -> TokenStats:
+        """Statistics of the batch's answer tokens, given the rows' hidden states."""
+        slots = {"prefix_slots": batch.prefix_slots, "answer_slots": batch.answer_slots, "softcap": self.model.config.decoder.final_softcap}
+        return losses.answer_statistics(hidden, self.head(), batch.tokens, batch.role, **slots, wanted=wanted, reference=reference)
+
+    def fixed(self) -> "Side":
+        return dataclasses.replace(self, params=jax.lax.stop_gradient(self.params))
+
+
+def answer_logps(
+    policy: Float[Array, "B K R"], reference: Float[Array, "B K R"] | None, batch: PairBatch, *, by_token: bool = False
+) -> AnswerLogps:
+    """Sums of token log-probs under the batch's token weights; the tokens themselves where an objective reads them."""
+    weight = batch.by_answer(batch.token_weight)
+    mask = weight > 0
+    sums, lengths = losses.sums(policy, mask, weight)
+    theirs = None if reference is None else losses.sums(reference, mask, weight)[0]
+    if not by_token:
+        return AnswerLogps(sums, lengths, theirs)
+    changed = None if batch.changed is None else batch.by_answer(batch.changed)
+    return AnswerLogps(sums, lengths, theirs, policy, reference, weight, changed)
+
+
+def branch_logps(side: Side, tower: Float[Array, "B F Z"], batch: PairBatch) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
+    """Sums of the log-probs of every answer of packed rows, and the answers' lengths."""
+    logps = answer_logps(side.tokens(side.hidden(tower, batch), batch).logps, None, batch)
+    return logps.policy, logps.lengths
+
+
+def with_answer(
+    batch: PairBatch, tokens: Int[Array, "*A B R"], scored: Bool[Array, "*A B R"], weight: Float[Array, "*A B R"]
+) -> PairBatch:
+    """The rows with one more answer behind their own images and prompt, as the last one: its prefix costs nothing.
+
+    Args:
+      tokens: R may be any number of slots if the rows have no answer so far.
+      scored: which of them are there.
+    """
+    p, r = batch.prefix_slots, tokens.shape[-1]
+    offset, last = jnp.arange(r), FIRST_ANSWER + (batch.answers if batch.tokens.shape[-1] > p else 0)
+    prefix = batch.role[..., :p] == PREFIX
+    # every answer goes on where the prefix ends
+    start = jnp.max(jnp.where(prefix, batch.positions[..., :p], -1), axis=-1, keepdims=True) + 1
+
+    def behind(values: Array, filler: Array) -> Array:
+        return jnp.concatenate([values, filler.astype(values.dtype)], axis=-1)
+
+    more = {
+        "tokens": behind(batch.tokens, jnp.where(scored, tokens, 0)),
+        "role": behind(batch.role, jnp.where(scored, last, PAD)),
+        "positions": behind(batch.positions, jnp.where(scored, start + offset, 0)),
+        "image_index": behind(batch.image_index, jnp.full_like(tokens, -1)),
+        "token_weight": behind(batch.token_weight, weight),
+    }
+    if batch.mrope is not None:
+        turning = jnp.max(jnp.where(prefix[..., None, :], batch.mrope[..., :p], -1), axis=(-2, -1), keepdims=True) + 1 + offset
+        turning = jnp.broadcast_to(turning, (*batch.mrope.shape[:-1], r))
+        more["mrope"] = behind(batch.mrope, jnp.where(scored[..., None, :], turning, 0))
+    if batch.changed is not None:
+        more["changed"] = behind(batch.changed, jnp.zeros_like(scored))
+    return dataclasses.replace(batch, answer_slots=r, **more)
+
+
+def prompts(batch: PairBatch) -> PairBatch:
+    """The rows without their answers."""
+    return batch.first_answers(0)
+
+
+def with_mismatched(batch: PairBatch) -> PairBatch:
+    """The rows `[*A, B]` with the chosen answer of the next row, of the whole step, as their last one (KTO's partner)."""
+    p, r = batch.prefix_slots, batch.answer_slots
+
+    def next_row(values: Array) -> Array:
+        # rows are sharded, and these arrays are small: everyone looks at all of them
+        axes = (None,) * (values.ndim - 2) + ("batch", None)
+        chosen = mesh.constrain(values[..., p : p + r], *(None,) * values.ndim)
+        rolled = jnp.roll(chosen.reshape(-1, r), -1, axis=0).reshape(chosen.shape)
+        return mesh.constrain(rolled, *axes)
+
+    return with_answer(batch, next_row(batch.tokens), next_row(batch.role) == FIRST_ANSWER, next_row(batch.token_weight))
