@@ -1,11 +1,12 @@
-"""One process of several, or the only one: steps of models of every family on a mesh over all devices. Run as a script it takes a folder.
+"""Steps of tiny models on a mesh over all devices, in one process or, as a script, in each of two.
 
-    python tests/helpers/family_worker.py FOLDER
+    python tests/helpers/family_worker.py FOLDER OBJECTIVE BUCKETS
 
 FOLDER has a directory a case, with a checkpoint and `records.pickle`; the first process writes what it finds to FOLDER/found.json.
 """
 
 import json
+import os
 import pathlib
 import pickle
 import sys
@@ -14,15 +15,18 @@ import jax
 import numpy as np
 import optax
 
-ROWS = STEPS = 2
+STEPS = 2
 
 
-def numbers(directory: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, float]:
-    """Loss and metrics of every step, and the norm of every tensor's gradients, summed over the steps, for the case of a directory."""
+def numbers(directory: pathlib.Path, objective: str, buckets: int) -> dict[str, float]:
+    """Loss and metrics of every step, and the norm of the sum of every tensor's gradients, for the case of a directory."""
     from helpers.steps import Steps, copies
 
-    records = copies(pickle.loads((directory / "records.pickle").read_bytes()), ROWS * mesh.size)
-    steps = Steps(directory, records, mesh)
+    from mmalign_jax.mesh import make_mesh
+
+    mesh = make_mesh(2, 4, 1)
+    records = copies(pickle.loads((directory / "records.pickle").read_bytes()), STEPS * mesh.size)
+    steps = Steps(directory, records, mesh, objective=objective, buckets=buckets)
     loader, state, out = steps.loader(mesh.size, 1), steps.start(), {}
     for number in range(STEPS):
         state, metrics = steps(state, next(loader))
@@ -34,17 +38,15 @@ def numbers(directory: pathlib.Path, mesh: jax.sharding.Mesh) -> dict[str, float
     return out | {jax.tree_util.keystr(path, simple=True, separator="/"): float(np.asarray(value)) for path, value in named}
 
 
-def main(folder: pathlib.Path) -> None:
-    from mmalign_jax.mesh import make_mesh
-
-    jax.distributed.initialize()
+def main(folder: pathlib.Path, objective: str, buckets: int) -> None:
+    where = {name: os.environ[f"JAX_{name.upper()}"] for name in ("coordinator_address", "num_processes", "process_id")}
+    jax.distributed.initialize(where["coordinator_address"], int(where["num_processes"]), int(where["process_id"]))
     assert jax.process_count() == 2 and jax.local_device_count() == 4
-    mesh = make_mesh(2, 4, 1)
-    found = {directory.name: numbers(directory, mesh) for directory in sorted(path for path in folder.iterdir() if path.is_dir())}
+    found = {path.name: numbers(path, objective, buckets) for path in sorted(folder.iterdir()) if path.is_dir()}
     if jax.process_index() == 0:
         (folder / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-    main(pathlib.Path(sys.argv[1]))
+    main(pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -18,7 +18,8 @@ from mmalign_jax.data.loader import Loader, make_loader
 from mmalign_jax.data.plan import RowPlan, plan_rows
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.training.checkpoint import abstract_policy, abstract_state
-from mmalign_jax.training.step import LossFunction, init_state, make_train_step
+from mmalign_jax.training.loss import LossFunction
+from mmalign_jax.training.step import init_state, make_train_step
 from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import PairBatch, PreferenceRecord, TrainState
 
@@ -31,25 +32,37 @@ def copies(records: Sequence[PreferenceRecord], count: int) -> list[PreferenceRe
 
 
 class Steps:
-    """mDPO, which draws views, of all but the tower, against a reference that is not the policy.
+    """Of all but the tower, against a reference that is not the policy.
 
     Momentum, because its state is a plain sum of gradients: what differs in a rounding stays so, where Adam's first steps would make a
     whole step of it. Everything is a function of the arguments; compiled steps are kept, states are not.
+
+    Args:
+      objective: views, where it has some, are drawn anew in every epoch.
+      buckets: most shapes of rows, where pictures have any size; elsewhere there is one.
     """
 
-    def __init__(self, directory: pathlib.Path, records: Sequence[PreferenceRecord], mesh: jax.sharding.Mesh, *, rate: float = 0.01):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        records: Sequence[PreferenceRecord],
+        mesh: jax.sharding.Mesh,
+        *,
+        objective: str = "mdpo",
+        buckets: int = 2,
+        rate: float = 0.01,
+    ):
         self.mesh, self.records, self.rate = mesh, records, rate
         self.policy = Pretrained.read(directory, mesh, "float32")
+        self.buckets = buckets if self.policy.processor.pictures.needs_size else 1
         self._schedule = optax.linear_schedule(rate, 0.0, 100)
         self._optimizer = optax.sgd(self._schedule, momentum=0.9)
-        self._loss = LossFunction(self.policy.model, losses.build("mdpo", beta=0.1))
+        self._loss = LossFunction(self.policy.model, losses.build(objective, beta=0.1), redraw_views=True)
         self._compiled: dict[Any, Callable] = {}
 
     @functools.cached_property
     def plan(self) -> RowPlan:
-        """Two shapes where pictures have any size, one elsewhere."""
-        buckets = 2 if self.policy.processor.pictures.needs_size else 1
-        return plan_rows(self.records, self.policy.processor, DataConfig(buckets=buckets, workers=0), answers=2)
+        return plan_rows(self.records, self.policy.processor, DataConfig(buckets=self.buckets, workers=0), answers=2)
 
     def loader(self, batch_size: int, accumulate: int) -> Loader:
         index, count = process_slice(self.mesh)
@@ -59,12 +72,12 @@ class Steps:
     def start(self) -> TrainState:
         """The state before the first step, in arrays of its own: a step takes them away."""
         with jax.set_mesh(self.mesh):
-            return init_state(self.policy.params(wanted=RULE.trains), self.frozen(), self._optimizer, seed=3)
+            return init_state(self.policy.params(wanted=RULE.trains), self.frozen(), self._optimizer, 3, self._loss.objective)
 
     def abstract(self) -> TrainState:
         with jax.set_mesh(self.mesh):
             like, _ = RULE.split(abstract_policy(self.policy.sizes, self.mesh))
-            return abstract_state(like, self._optimizer, self.mesh)
+            return abstract_state(like, self._optimizer, self.mesh, self._loss.objective)
 
     def frozen(self) -> dict:
         return self.policy.params(wanted=lambda path: not RULE.trains(path))
@@ -80,7 +93,7 @@ class Steps:
         with jax.set_mesh(self.mesh):
             placed = to_device(batch, self.mesh)
             if shape not in self._compiled:
-                step = make_train_step(self._loss, self._optimizer, self._schedule)
+                step = make_train_step(self._loss, self._optimizer, self._schedule, rows_per_epoch=len(self.records))
                 # most of the time would be XLA's, whose optimisations are of no use to models this small
                 options = {"xla_backend_optimization_level": 0}
                 self._compiled[shape] = step.lower(state, self.reference, placed).compile(compiler_options=options)
