@@ -31,7 +31,7 @@ from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.losses import Need
 from mmalign_jax.mesh import make_mesh
 from mmalign_jax.models.config import Lora
-from mmalign_jax.models.tree import split, union
+from mmalign_jax.models.tree import split
 from mmalign_jax.report.console import Console
 from mmalign_jax.training.cache_key import differences, model_key
 from mmalign_jax.training.cached_reference import CachedReference
