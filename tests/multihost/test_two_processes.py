@@ -17,7 +17,8 @@ SETTINGS = {
 
 
 def start(workdir: Path, devices: int, **settings_and_environment: str) -> subprocess.Popen:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     settings = dict(SETTINGS)
     for key, value in settings_and_environment.items():
         (environment if key.startswith("JAX_") else settings)[key] = value
