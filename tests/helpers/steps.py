@@ -21,14 +21,20 @@ from mmalign_jax.training.checkpoint import abstract_policy, abstract_state
 from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.step import init_state, make_train_step
 from mmalign_jax.training.trainable import Trainable
-from mmalign_jax.types import PairBatch, PreferenceRecord, TrainState
+from mmalign_jax.types import PairBatch, Part, PreferenceRecord, TrainState
 
 RULE = Trainable(frozenset({"vision_tower"}))
 
 
 def copies(records: Sequence[PreferenceRecord], count: int) -> list[PreferenceRecord]:
-    """So many rows, with names of their own: views and order are drawn from names."""
-    return [dataclasses.replace(records[n % len(records)], id=f"{records[n % len(records)].id} {n}") for n in range(count)]
+    """So many rows, each with a name of its own, which views and order are drawn from, and with its number in the prompt."""
+
+    def numbered(record: PreferenceRecord, number: int) -> PreferenceRecord:
+        last = record.turns[-1]
+        turn = dataclasses.replace(last, parts=(*last.parts, Part(text=f" {number}")))
+        return dataclasses.replace(record, id=f"{record.id} {number}", turns=(*record.turns[:-1], turn))
+
+    return [numbered(records[number % len(records)], number) for number in range(count)]
 
 
 class Steps:

@@ -1,17 +1,14 @@
 """A run that is killed or stopped and started again ends with the same parameters, bit for bit."""
 
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from helpers import runs
+from helpers.runs import finish, same_result, steps_done, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 
 # A pair run end to end on a small world: BDHS pairs from a model with random weights, then mDPO, which also draws views
@@ -19,35 +16,12 @@ SETTINGS = {
     "train.steps": STEPS, "train.batch_size": 4, "train.accumulate": 2, "train.log_every": 1, "checkpoint.every": 3, "scenes.align": 12,
     "pairs.n_iter": 2, "pairs.batch_size": 8, "pairs.max_sentence_tokens": 8, "objective.name": "mdpo", "report.gallery": 0,
     "report.tensorboard": False, "model.init": "scenes", "model.path": "", "eval.before": False,
+    "eval.benchmarks": "()",
 }  # fmt: skip
 
 
-def start(workdir: Path, **settings) -> subprocess.Popen:
-    flags = [f"--config.{key}={value}" for key, value in (SETTINGS | settings).items()]
-    command = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(ROOT / "configs/quickstart.py"), "--workdir", str(workdir)]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command += [*flags, "--config.eval.benchmarks=()"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
-
-
-def steps_done(workdir: Path) -> int:
-    file = workdir / "metrics.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    return len(lines)
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "the run did not get there"
-        time.sleep(0.02)
+def start(workdir: Path, **settings):
+    return runs.start(workdir, "configs/quickstart.py", SETTINGS | settings)
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +29,6 @@ def uninterrupted(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("uninterrupted")
     finish(start(workdir))
     return workdir
-
-
-def same_result(workdir: Path, other: Path) -> None:
-    assert (workdir / "export/model.safetensors").read_bytes() == (other / "export/model.safetensors").read_bytes()
-    lines = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (workdir, other)]
-    assert [line["step"] for line in lines[0]] == list(range(1, STEPS + 1))
-    assert [line["loss"] for line in lines[0]] == [line["loss"] for line in lines[1]]
 
 
 @pytest.mark.slow
@@ -75,7 +42,7 @@ def test_kill_9_at_a_random_moment(uninterrupted, tmp_path):
     process.kill()
     process.communicate()
     finish(start(tmp_path))
-    same_result(tmp_path, uninterrupted)
+    same_result(tmp_path, uninterrupted, STEPS)
 
 
 @pytest.mark.slow
@@ -87,7 +54,7 @@ def test_sigterm_saves_first(uninterrupted, tmp_path):
     saved = steps_done(tmp_path)
     assert f"SIGTERM: saving at step {saved}; the same command goes on from here" in output
     assert f"Going on from the checkpoint of step {saved}" in finish(start(tmp_path))
-    same_result(tmp_path, uninterrupted)
+    same_result(tmp_path, uninterrupted, STEPS)
 
 
 @pytest.mark.slow
