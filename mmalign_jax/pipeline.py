@@ -35,6 +35,7 @@ from mmalign_jax.report.records import GalleryItem, ScoreRow, SkippedRow, score_
 from mmalign_jax.run_export import export_run
 from mmalign_jax.sampling import DecodeOptions
 from mmalign_jax.scenes.model import write_initial
+from mmalign_jax.training.cached_reference import CachedReference
 from mmalign_jax.training.loop import Batches, Trained, train
 from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.monitors import Monitor
@@ -104,7 +105,6 @@ class _Run:
         if c.pairs.maker == "bdhs" and c.pairs.when == "offline":
             records = self._pairs(records)
         batches, plan = self._batches(records)
-        self._preflight(records, plan)
         trained = self._train(batches, plan)
         if trained.stopped_by:
             return 128 + int(signal.Signals[trained.stopped_by])
@@ -156,6 +156,7 @@ class _Run:
         c, p = self.config, self.policy
         if c.pairs.maker == "bdhs" and c.pairs.when == "online":
             sampler, plan = plan_sampler(p, records, c)
+            self._preflight(records, plan)
             # a rejected answer may be longer than its reference
             slots = min(2 * plan.layout.answer_slots, c.data.answer_tokens or 2 * plan.layout.answer_slots)
             layout = dataclasses.replace(plan.layout, answers=2, answer_slots=slots, mark_changes=Need.CHANGED in self.objective.needs)
@@ -163,9 +164,13 @@ class _Run:
                 raise UserError("config.objective.view: other rows' pictures are not at hand for online pairs; choose another view")
             return self._with_auxiliary(OnlineBatches(records, p.processor, sampler, plan, layout, c.train)), plan
         plan = plan_rows(records, p.processor, c.data, answers=self.objective.answers, mark_changes=Need.CHANGED in self.objective.needs)
+        self._preflight(records, plan)
         extras: list[Extra] = []
         if self.loss.view is not None and "other_images" in self.loss.view.needs:
             extras.append(OtherImages(records, p.processor, plan))
+        if self.reference.kind == "cached":
+            cache = Path(c.reference.cache) if c.reference.cache else self.workdir / run_files.REFERENCE
+            extras += CachedReference(c, cache, p, self.loss, self.console)(records, plan, extras)
         return self._with_auxiliary(_Offline(self._loader(records, plan, extras))), plan
 
     def _loader(self, records: Records, plan: RowPlan, extras: Sequence[Extra] = ()) -> Loader:

@@ -10,11 +10,15 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.files import read_json, write_json
 
 PAIRS = "pairs"  # prepared pairs of a run that makes its own
+REFERENCE = "reference"  # its log-probs, where they are computed once
 DATA = "data.json"  # counts of the records that it reads, wherever they are kept
 
 # Settings that may change between a run and its continuation: they do not change what is computed
-_MAY_CHANGE = ("mesh", "report", "checkpoint", "export", "data.workers", "data.cache", "train.log_every", "eval.batch_size", "pairs.batch_size")
-# What a run computes. Prepared data is not among it: it knows by itself what it was made from
+_MAY_CHANGE = (
+    "mesh", "report", "checkpoint", "export", "data.workers", "data.cache", "train.log_every", "eval.batch_size", "pairs.batch_size",
+    "reference.cache", "reference.batch_size",
+)  # fmt: skip
+# What a run computes. Prepared data and cached log-probs are not among it: they know by themselves what they were made from
 _COMPUTED = ("initial_model", PAIRS, "eval", "metrics.jsonl", "checkpoints", "export")
 
 

@@ -32,7 +32,10 @@ def test_base_has_a_place_for_every_hyperparameter(name):
     assert config.from_mapping(values).objective.hyperparameters == defaults
 
 
-@pytest.mark.parametrize("path", [path for path in CONFIGS.rglob("*.py") if path.parent.name not in ("sweeps", "objectives")], ids=lambda path: path.name)
+TRAINING = [path for path in CONFIGS.rglob("*.py") if path.parent.name not in ("sweeps", "objectives")]
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.name)
 def test_every_config_is_valid_from_any_directory(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config.from_mapping(config_files.load(path))
@@ -51,7 +54,7 @@ def test_overrides_are_set_and_the_file_is_run_anew(tmp_path):
     [
         ({"objectve.beta": 1.0}, "config.objectve.beta: no such setting. Did you mean config.objective.beta?"),
         ({"steps": 1}, "config.steps: no such setting. Did you mean config.train.steps?"),
-        ({"zzz": 1}, "config.zzz: no such setting. The groups are checkpoint, data,"),
+        ({"zzz": 1}, "config.zzz: no such setting. The groups are auxiliary, checkpoint, data,"),
         ({"train": 1}, "config.train: is a group of settings; set one of config.train.accumulate,"),
         ({"train.steps": "five"}, "config.train.steps: expected int, got 'five'"),
     ],
@@ -91,3 +94,8 @@ def test_a_file_without_base_is_a_config_too(tmp_path):
     path = write(tmp_path / "own.py", "from ml_collections import ConfigDict\n" + body)
     loaded = config_files.load(path)
     assert isinstance(loaded, ConfigDict) and list(config_files.keys(loaded)) == ["train.steps"]
+
+
+def test_an_objective_is_no_config_and_says_how_it_is_used():
+    with pytest.raises(UserError, match=r"mdpo\.py: defines an objective; .* --config\.objective\.name=mdpo"):
+        config_files.load(CONFIGS / "objectives/mdpo.py")

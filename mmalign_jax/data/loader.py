@@ -189,6 +189,40 @@ def one_pass(
         yield PassBatch(_batch(arrays, [plan.layout]), valid, items)
 
 
+def bucket_pass(
+    records: Records,
+    processor: RowProcessor,
+    plan: RowPlan,
+    numbers: np.ndarray,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 4,
+    extras: Sequence[Extra] = (),
+) -> Iterator[tuple[PairBatch, np.ndarray]]:
+    """The items `numbers i[n]` of one bucket once and in order, laid out as training does: batches `[b, ...]`, and `i32[b]`, each row's number.
+
+    The last batch is filled with copies of the last row, whose number is -1. Process p of n gets rows p, p + n, ... of each batch.
+
+    Raises:
+      UserError: `process_count` does not divide `batch_size`.
+    """
+    if batch_size % process_count:
+        raise UserError(f"batch_size: {batch_size} is not a multiple of the {process_count} processes")
+    lay = _LayOut.by_bucket(records, processor, plan, extras)
+
+    def row(index: int) -> dict[str, Any]:
+        number = int(numbers[min(index, len(numbers) - 1)])
+        return {**lay(number), "number": np.int32(number if index < len(numbers) else -1)}
+
+    padded = -(-len(numbers) // batch_size) * batch_size
+    rows = grain.MapDataset.range(padded)[process_index::process_count].map(row)
+    for arrays in rows.to_iter_dataset(_read_options(workers)).batch(batch_size // process_count):
+        found = arrays.pop("number")
+        yield _batch(arrays, lay.layouts), found
+
+
 def _read_options(workers: int) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4 * workers)
 

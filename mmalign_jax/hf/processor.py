@@ -75,6 +75,11 @@ class Processor:
     def std(self) -> tuple[float, float, float]:
         return self.pictures.std
 
+    @property
+    def chat_template(self) -> str:
+        """What turns become a prompt by: the checkpoint's own template, or the family's."""
+        return self._chat_template or self._tokenizer.chat_template
+
     def render(self, turns: Sequence[Turn], videos: Collection[int] = ()) -> str:
         """The prompt as text, with one placeholder a picture or video and ending where the answer begins.
 

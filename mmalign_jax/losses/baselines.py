@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from mmalign_jax.losses.branches import CHOSEN, MISMATCHED, REJECTED, Need
+from mmalign_jax.losses.branches import CHOSEN, MISMATCHED, REJECTED, Branch, Need
 from mmalign_jax.losses.scores import Score
 from mmalign_jax.losses.stats import BranchStats
 
@@ -19,10 +19,11 @@ class Constant:
     """The same for all."""
 
     value: float = 0.0
+    branches: ClassVar[tuple[Branch, ...]] = ()
     needs: ClassVar[frozenset[Need]] = frozenset()
 
     def __call__(self, stats: BranchStats, beta: float, score: Score) -> Float[Array, ""]:
-        return jnp.float32(self.value)
+        return jnp.asarray(self.value, stats.answers.policy.dtype)
 
     def initial_state(self) -> dict[str, float]:
         return {}
@@ -35,6 +36,7 @@ class Constant:
 class RunningMean(Constant):
     """Mean over all steps so far of the mean reward of chosen and rejected answers, this step included (BCO, arXiv 2404.04656, equation 9)."""
 
+    branches: ClassVar[tuple[Branch, ...]] = (CHOSEN, REJECTED)
     needs: ClassVar[frozenset[Need]] = frozenset({Need.BATCH})
 
     def __call__(self, stats: BranchStats, beta: float, score: Score) -> Float[Array, ""]:
@@ -54,6 +56,7 @@ class RunningMean(Constant):
 class BatchKl(Constant):
     """max(0, beta times the batch's mean log-ratio of answers that belong to other prompts) (KTO, arXiv 2402.01306, equation 8)."""
 
+    branches: ClassVar[tuple[Branch, ...]] = (MISMATCHED,)
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MISMATCHED, Need.BATCH, Need.REFERENCE})
 
     def __call__(self, stats: BranchStats, beta: float, score: Score) -> Float[Array, ""]:

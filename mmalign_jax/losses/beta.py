@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from mmalign_jax.losses.branches import Need
 from mmalign_jax.losses.stats import BranchStats
+from mmalign_jax.losses.whole_batch import gathered
 
 PerPair = Float[Array, " B"]
 State = dict[str, Float[Array, ""]]
@@ -91,7 +92,14 @@ class ByBatch(BetaSchedule):
     def keep(self, stats: BranchStats, gap: PerPair) -> PerPair:
         gap = jax.lax.stop_gradient(gap)
         count = max(1, round((1 - self.rho) * gap.shape[0]))
-        return largest(self._log_weight(stats, gap), count) * (gap.shape[0] / count)
+
+        def chosen(weight: PerPair) -> PerPair:
+            # Gumbel noise makes the largest ones a weighted draw without replacement
+            noise = 0.0 if stats.key is None else jax.random.gumbel(stats.key, weight.shape, weight.dtype)
+            return largest(weight + noise, count)
+
+        weight = -0.5 * jnp.square(gap - self._mean(stats)) / jnp.maximum(jnp.var(gap), 1e-12)
+        return gathered(chosen, weight) * (gap.shape[0] / count)
 
     def initial_state(self) -> dict[str, float]:
         return {"gap_mean": 0.0}
@@ -102,11 +110,6 @@ class ByBatch(BetaSchedule):
 
     def _mean(self, stats: BranchStats) -> Float[Array, ""]:
         return stats.state["gap_mean"]
-
-    def _log_weight(self, stats: BranchStats, gap: PerPair) -> PerPair:
-        weight = -0.5 * jnp.square(gap - self._mean(stats)) / jnp.maximum(jnp.var(gap), 1e-12)
-        # Gumbel noise makes the largest ones a weighted draw without replacement
-        return weight if stats.key is None else weight + jax.random.gumbel(stats.key, gap.shape, gap.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ PerPair = Float[Array, " B"]
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood(Term):
-    """-A(log pi), the mean over the answer's tokens by default; for the chosen answer `stats.nll` stands for it where it is given.
+    """-A(log pi), the mean over the answer's tokens by default; for the chosen answer `stats.nll` stands for this mean where it is given.
 
     Args:
       scale: divides the sum over tokens, in place of the answer's length; 0: the length.
@@ -38,7 +38,7 @@ class Likelihood(Term):
 
     def __call__(self, stats: BranchStats) -> PerPair:
         if self.branch == CHOSEN and stats.nll is not None:
-            return stats.nll
+            return stats.nll * (stats.answers.lengths[:, 0] / self.scale) if self.scale else stats.nll
         if self.scale:
             return -self.branch.of(stats).policy[:, self.branch.answer] / self.scale
         return -Score(Mean(), reference=False)(stats, self.branch)

@@ -74,4 +74,5 @@ def exo(x: PerPair, *, label_smoothing: float) -> PerPair:
 @link
 def discopop(x: PerPair, *, tau: float) -> PerPair:
     """Log-ratio modulated loss (DiscoPOP, arXiv 2406.08414): -(1 - c) log sigmoid(x) + c exp(-x), c = sigmoid(x / tau)."""
-    return -jax.nn.sigmoid(-x / tau) * jax.nn.log_sigmoid(x) + jax.nn.sigmoid(x / tau) * exp(-x)
+    # c exp(-x) in one exponential: each factor alone may leave float32 where their product is of order 1
+    return -jax.nn.sigmoid(-x / tau) * jax.nn.log_sigmoid(x) + exp(jax.nn.log_sigmoid(x / tau) - x)

@@ -57,7 +57,7 @@ def answer_statistics(
     softcap: float | None = None,
     chunk: int = 128,
     wanted: Collection[str] = (),
-    reference: tuple[Float[Array, "B T D"], Float[Array, "D V"]] | None = None,
+    reference: tuple[Float[Array, "B T _D"], Float[Array, "_D V"]] | None = None,
 ) -> TokenStats:
     """Log-probs of the answer tokens of packed rows `[prefix | answer 1 | ... | answer K]` (`types.PairBatch`), and more of the same logits.
 
@@ -76,7 +76,7 @@ def answer_statistics(
       softcap: logits become softcap * tanh(logits / softcap) (arXiv 2408.00118); None leaves them.
       chunk: most positions of a row whose logits exist at one time.
       wanted: which of `STATISTICS` to compute.
-      reference: the reference's hidden states and output kernel, for `kl`; cut off from differentiation.
+      reference: the reference's hidden states and output kernel, for `kl`, of any width; cut off from differentiation.
 
     Raises:
       ValueError: the slots do not make up the row, an unknown statistic is wanted, or `kl` is without a reference.

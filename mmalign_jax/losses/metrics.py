@@ -1,11 +1,13 @@
 """What an objective reports beside its loss. Everything is a mean over the rows, in float32, cut off from differentiation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mmalign_jax.losses.beta import BetaSchedule
-from mmalign_jax.losses.branches import CHOSEN, CHOSEN_OTHER_IMAGE, REJECTED
+from mmalign_jax.losses.branches import CHOSEN, CHOSEN_OTHER_IMAGE, REJECTED, Need
 from mmalign_jax.losses.likelihood import Odds
 from mmalign_jax.losses.scores import Mean, Score
 from mmalign_jax.losses.stats import BranchStats
@@ -21,11 +23,14 @@ def main_term(terms: Terms) -> Term | None:
 
 
 def metrics_of(terms: Terms, stats: BranchStats, loss: PerPair, by_label: dict[str, PerPair]) -> Metrics:
-    """Metrics of a batch.
+    """Metrics of a batch. Statistics that the objective does not need are not reported, whether they were given or not.
 
     Args:
       by_label: unweighted loss of the terms, by their labels; reported where there are several.
     """
+    needs = frozenset().union(*(term.needs for _, term in terms))
+    if Need.OTHER_IMAGE not in needs:
+        stats = dataclasses.replace(stats, other_image=None)
     out = _likelihood(stats, loss)
     if len(by_label) > 1:
         out |= {f"loss/{label}": value for label, value in by_label.items()}
@@ -36,7 +41,7 @@ def metrics_of(terms: Terms, stats: BranchStats, loss: PerPair, by_label: dict[s
         out |= rewards | {"grad_weight": jax.nn.sigmoid(-h)}
         if isinstance(main, Pair) and isinstance(main.beta, BetaSchedule):
             out["beta"] = main.betas(stats)
-        if stats.answers.reference is not None:
+        if Need.REFERENCE in needs:
             out |= _drift(stats, h)
     if stats.other_image is not None:
         out["logps/chosen_other_image"] = stats.other_image.policy[:, 0]

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 
 from mmalign_jax.losses.branches import Branch, Need
 from mmalign_jax.losses.metrics import Metrics, metrics_of
-from mmalign_jax.losses.stats import BranchStats
-from mmalign_jax.losses.terms import PerPair, Terms
+from mmalign_jax.losses.stats import AnswerLogps, BranchStats
+from mmalign_jax.losses.terms import PerPair, Term, Terms
 
 Value = float | int | bool | str | tuple
 State = dict[str, Float[Array, ""]]
@@ -86,26 +86,34 @@ class Objective:
         """The statistics in float32, with a state."""
         if stats.answers.policy.shape[1] < self.answers:
             raise ValueError(f"{self.name} needs {self.answers} answers a row, got {stats.answers.policy.shape[1]}")
-        if missing := sorted(what for need in self.needs if (what := self._missing(need, stats))):
+        if missing := sorted({what for _, term in self.terms for need in term.needs for what in _missing(need, term, stats)}):
             raise ValueError(f"{self.name} needs {', '.join(missing)}, which the statistics lack")
         stats = stats.as_float32()
         return stats if stats.state is not None else dataclasses.replace(stats, state=self.initial_state())
 
-    def _missing(self, need: Need, stats: BranchStats) -> str:
-        """What the statistics lack of a need, "" when nothing."""
-        fields = {branch.images for _, term in self.terms if need in term.needs for branch in term.branches}
-        logps = [getattr(stats, name) for name in sorted(fields)]
-        match need:
-            case Need.BATCH:
-                return ""
-            case Need.REFERENCE:
-                lacking = stats.answers.reference is None
-            case Need.TOKENS:
-                lacking = any(some is not None and some.policy_tokens is None for some in logps)
-            case Need.CHANGED:
-                lacking = any(some is not None and some.changed is None for some in logps)
-            case Need.OTHER_IMAGE:
-                lacking = stats.other_image is None or stats.other_image.policy.shape[1] < self.other_answers
-            case _:
-                lacking = getattr(stats, need.value) is None
-        return need.value if lacking else ""
+
+def _missing(need: Need, term: Term, stats: BranchStats) -> list[str]:
+    """What the statistics lack of a need of a term, in words."""
+    if need is Need.BATCH:
+        return []
+    if need in (Need.REFERENCE, Need.TOKENS, Need.CHANGED):
+        read = {branch.images: getattr(stats, branch.images) for branch in term.branches}
+        lacking = [images for images, logps in read.items() if logps is not None and not _holds(logps, need, Need.REFERENCE in term.needs)]
+        return [need.value if images == "answers" else f"{need.value} of {images}" for images in lacking]
+    found = getattr(stats, need.value)
+    if isinstance(found, AnswerLogps):
+        # a guided score takes the answers without image from its own
+        branches = [branch for branch in term.branches if need is Need.NO_IMAGE or branch.images == need.value]
+        return [need.value] if found.policy.shape[1] < max(branch.answer + 1 for branch in branches) else []
+    return [need.value] if found is None else []
+
+
+def _holds(logps: AnswerLogps, need: Need, reference: bool) -> bool:
+    match need:
+        case Need.REFERENCE:
+            wanted = (logps.reference,)
+        case Need.TOKENS:
+            wanted = (logps.policy_tokens, logps.token_weight, *((logps.reference_tokens,) if reference else ()))
+        case _:
+            wanted = (logps.changed,)
+    return all(x is not None for x in wanted)

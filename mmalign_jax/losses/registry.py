@@ -4,6 +4,7 @@ A file defines `objective(*, hyper-parameter=default, ...)` that returns terms. 
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import math
@@ -33,6 +34,11 @@ _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "changed_weight": _NOT_NEGATIVE,
     "guidance": _NOT_NEGATIVE,
     "length_norm": _NOT_NEGATIVE,
+    "beta_by_epoch": _POSITIVE,
+    # where one objective is stricter than others
+    "exo.label_smoothing": (lambda x: 0 < x < 0.5, "above 0 and below 0.5"),
+    "f_dpo.alpha": (lambda x: x != 1, "another number than 1"),
+    "alpha_po.alpha": (lambda x: x != 0, "another number than 0"),
 }
 _CHOICES: Mapping[str, tuple[str, ...]] = {"divergence": ("reverse_kl", "forward_kl", "js", "alpha")}
 
@@ -60,16 +66,23 @@ def build(name: str, **hyperparameters: Value) -> Objective:
     function = _find(name)
     known = {p.name: p.default for p in inspect.signature(function).parameters.values()}
     values = known | {key: _checked(name, key, value, known) for key, value in hyperparameters.items()}
-    terms = function(**values)
-    terms = 1.0 * terms if isinstance(terms, Term) else terms
-    if not isinstance(terms, Terms) or not terms.weighted:
-        raise UserError(f"config.objective.name: all terms of {name} have weight 0 with these hyper-parameters")
-    return Objective(ALIASES.get(name, name), terms, MappingProxyType(values))
+    return _assembled(function, ALIASES.get(name, name), tuple(values.items()))
 
 
 def summary(name: str) -> str:
     """The first line of the objective's file: what it is and where it is from."""
     return (inspect.getdoc(inspect.getmodule(_find(name))) or "").splitlines()[0]
+
+
+@functools.cache
+def _assembled(function: Callable[..., Term | Terms], name: str, values: tuple[tuple[str, Value], ...]) -> Objective:
+    """Equal hyper-parameters give one and the same objective, so that what closes over it is compiled once. Links are functions, which
+    are equal only to themselves."""
+    terms = function(**dict(values))
+    terms = 1.0 * terms if isinstance(terms, Term) else terms
+    if not isinstance(terms, Terms) or not terms.weighted:
+        raise UserError(f"config.objective.name: all terms of {name} have weight 0 with these hyper-parameters")
+    return Objective(name, terms, MappingProxyType(dict(values)))
 
 
 def _find(name: str) -> Callable[..., Term | Terms]:
@@ -85,15 +98,21 @@ def _checked(name: str, key: str, value: Value, known: Mapping[str, Value]) -> V
         raise UserError(f"{where}: {name} has no such setting.{_nearest(key, known)} Known: {', '.join(known) or 'none'}")
     wanted = type(known[key])
     if wanted is tuple and isinstance(value, (tuple, list)):
-        return tuple(_number(where, item) for item in value)
+        return tuple(_in_range(name, key, item) for item in value)
     if wanted in (str, bool, tuple):
         if not isinstance(value, wanted):
             raise UserError(f"{where}: expected {wanted.__name__}, got {value!r}")
         if key in _CHOICES and value not in _CHOICES[key]:
             raise UserError(f"{where}: {value!r} is not one of {', '.join(map(repr, _CHOICES[key]))}")
         return value
+    return _in_range(name, key, value)
+
+
+def _in_range(name: str, key: str, value: Value) -> float:
+    where = f"config.objective.{key}"
     value = _number(where, value)
-    allowed, words = _RANGES.get(key, _NOT_NEGATIVE if key.endswith("_weight") else (lambda x: True, ""))
+    usual = _RANGES.get(key, _NOT_NEGATIVE if key.endswith("_weight") else (lambda x: True, ""))
+    allowed, words = _RANGES.get(f"{ALIASES.get(name, name)}.{key}", usual)
     if not allowed(value):
         raise UserError(f"{where}: {value} is out of range, must be {words}")
     return value

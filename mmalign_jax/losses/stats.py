@@ -105,8 +105,10 @@ class BranchStats:
                 raise ValueError(f"give {what} of both the chosen and the rejected answer, or of neither")
             return None if chosen is None else jnp.stack([jnp.asarray(chosen), jnp.asarray(rejected)], axis=1)
 
-        def some(*arrays: Array | None) -> Array | None:
-            given = [jnp.asarray(x) for x in arrays if x is not None]
+        def some(chosen: Array | None, rejected: Array | None = None) -> Array | None:
+            if chosen is None and rejected is not None:
+                raise ValueError("what is given of the rejected answer under the other image is wanted of the chosen one, too")
+            given = [jnp.asarray(x) for x in (chosen, rejected) if x is not None]
             return jnp.stack(given, axis=1) if given else None
 
         lengths = both(chosen_len, rejected_len, "the length")
@@ -116,11 +118,13 @@ class BranchStats:
             if policy is None:
                 return None
             count = policy.shape[1]
+            if reference is not None and reference.shape[1] != count:
+                raise ValueError("give the reference's log-probs under the other image of the same answers as the policy's")
 
             def all_answers(values: Array | None) -> Array | None:
                 return None if values is None else jnp.pad(values, ((0, 0), (0, count - values.shape[1]), (0, 0)))
 
-            inside = None if tokens is None else (jnp.arange(tokens.shape[-1]) < lengths[:, :count, None]).astype(jnp.float32)
+            inside = None if tokens is None else (jnp.arange(tokens.shape[-1]) < lengths[:, :count, None]).astype(tokens.dtype)
             return AnswerLogps(
                 policy,
                 lengths[:, :count],

@@ -1,5 +1,6 @@
 """Terms: pure functions of branch statistics. An objective is a weighted sum of them, written as one: `Pair(beta=0.1) + 0.5 * Likelihood()`."""
 
+import abc
 import dataclasses
 from typing import ClassVar
 
@@ -15,26 +16,29 @@ from mmalign_jax.losses.branches import CHOSEN, REJECTED, Branch, Need
 from mmalign_jax.losses.scores import Score
 from mmalign_jax.losses.stats import BranchStats
 from mmalign_jax.losses.trust import Trust
+from mmalign_jax.losses.whole_batch import gathered
 
 PerPair = Float[Array, " B"]
 
 
-class Term:
+class Term(abc.ABC):
     """Something that gives every pair a loss. `label` is its name in the metrics."""
 
     label: ClassVar[str] = "term"
 
     @property
+    @abc.abstractmethod
     def needs(self) -> frozenset[Need]:
-        raise NotImplementedError
+        """What it must be given beside the policy's log-probs."""
 
     @property
+    @abc.abstractmethod
     def branches(self) -> tuple[Branch, ...]:
         """The branches that it reads."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def __call__(self, stats: BranchStats) -> PerPair:
-        raise NotImplementedError
+        """The loss of each pair."""
 
     def initial_state(self) -> dict[str, float]:
         return {}
@@ -163,7 +167,7 @@ class Transport(Term):
             upper, lower = policy[:, 0] - policy[:, 1], reference[:, 0] - reference[:, 1]
         else:
             upper, lower = (policy - reference).T
-        return self.beta * (jnp.sort(upper) - jnp.sort(lower))
+        return self.beta * (gathered(jnp.sort, upper) - gathered(jnp.sort, lower))
 
     def __call__(self, stats: BranchStats) -> PerPair:
         return self.link(self.logit(stats))
@@ -183,7 +187,7 @@ class Point(Term):
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        return (self.branch,)
+        return (self.branch, *self.baseline.branches)
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -26,6 +26,7 @@ from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.signals import StopRequest
 from mmalign_jax.training.step import init_state, make_train_step, zero_gradients
+from mmalign_jax.training.step_zero import in_words, largest_log_ratio
 from mmalign_jax.training.stopper import reason_to_stop
 from mmalign_jax.training.trainable import Trainable, describe
 from mmalign_jax.types import PairBatch, TrainState
@@ -160,6 +161,8 @@ class _Run:
             shapes.add(shape)
             device_batch = to_device(batch, self.mesh)
             extra = measures.before(number, state, reference, device_batch)
+            if number == 0 and batch.reference_logps is not None and (problem := in_words(largest_log_ratio(self.loss, state, device_batch))):
+                self.console.line(f"WARNING: {problem}")
             state, metrics = self.step(state, reference, device_batch)
             # the step before has ended by now: looking at it does not hold the device up
             if in_flight is not None:

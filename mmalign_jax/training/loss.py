@@ -14,6 +14,7 @@ from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.tree import split, union
 from mmalign_jax.pairs import views
 from mmalign_jax.training.branches import Side, answer_logps, with_mismatched
+from mmalign_jax.training.corrupted import corrupted
 from mmalign_jax.types import PairBatch
 
 Metrics = dict[str, Float[Array, ""]]
@@ -213,18 +214,13 @@ class _Pass:
 
     def _corrupted(self, answers: int) -> PairBatch:
         """The first answers under the objective's view of the images; the same for policy and reference."""
-        view, batch = self.loss.view, self._own_answers(answers)
-        keys = views.row_keys(self.key, batch.record_key, self.moment.epoch if self.loss.redraw_views else 0)
-        images = batch.images.astype(jnp.float32) if view.float_pixels else batch.images
-        extent = None if batch.patches is None else batch.patches.extent
-        features, target = None, None
+        view, batch, features, target = self.loss.view, self._own_answers(answers), None, None
         if "features" in view.needs:
             features = self._tower_of(self.policy.fixed(), batch)
             # away from where the tower began
             target = jax.lax.stop_gradient(self.features if self.reference is None else self.their_features)
-        statistics = {"pixel_mean": self.loss.model.pixel_mean, "pixel_std": self.loss.model.pixel_std}
-        seen = view.apply(images, keys, extent=extent, other_images=batch.other_images, features=features, target=target, **statistics)
-        return batch.with_images(jax.lax.stop_gradient(seen))
+        epoch = self.moment.epoch if self.loss.redraw_views else 0
+        return corrupted(view, self.loss.model, batch, self.key, epoch, features=features, target=target)
 
     @staticmethod
     def _tower_of(side: Side, batch: PairBatch) -> Callable[[Array], Array]:

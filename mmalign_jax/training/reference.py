@@ -72,6 +72,8 @@ def _check_cacheable(config: Config, objective: Objective) -> None:
     for need, why in _NOT_CACHEABLE.items():
         if need in objective.needs:
             raise UserError(f"config.reference.kind: the log-probs cannot be cached, because {objective.name} {why}; use live")
+    if config.stop.kl_budget:
+        raise UserError("config.stop.kl_budget: a cached reference does not know the policy's own answers; set it to 0, or use live")
     if not objective.view:
         return
     view = views.parse(objective.view)

@@ -18,8 +18,8 @@ from mmalign_jax.mesh import make_mesh
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import param_shardings
 from mmalign_jax.scenes import splits
-from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.loss import LossFunction
+from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.step import init_state, make_train_step
 from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import Preference, Response

@@ -64,6 +64,7 @@ def test_how_a_reference_follows():
         (("povid", "cached"), {}, "what the policy says at that moment"),
         (("v_dpo", "cached"), {}, "without their images"),
         (("adpo", "cached"), {}, "depends on the policy"),
+        (("dpo", "cached"), {"stop": {"kl_budget": 1.0}}, "config.stop.kl_budget: a cached reference"),
         (("mdpo", "cached"), {"train": {"redraw_views": "epoch"}}, "config.train.redraw_views: random_crop.* is drawn anew in every epoch"),
     ],
 )

@@ -1,0 +1,36 @@
+"""Rows under a corrupted view of their images: the same for policy and reference, whether that is computed beside it or long before."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mmalign_jax.models.mllm import Mllm
+from mmalign_jax.pairs import views
+from mmalign_jax.types import PairBatch
+
+
+def corrupted(
+    view: views.View,
+    model: Mllm,
+    batch: PairBatch,
+    key: Array,
+    epoch: int | Int[Array, ""] = 0,
+    *,
+    features: Callable[[Array], Array] | None = None,
+    target: Float[Array, "B F Z"] | None = None,
+) -> PairBatch:
+    """The rows with their images under the view. What is drawn depends on the key, the rows' record keys and the epoch alone.
+
+    Args:
+      model: whose normalisation of pixels the view is told.
+      key: of the run.
+      features, target: for views that need them, see `views.View.apply`.
+    """
+    keys = views.row_keys(key, batch.record_key, epoch)
+    images = batch.images.astype(jnp.float32) if view.float_pixels else batch.images
+    extent = None if batch.patches is None else batch.patches.extent
+    statistics = {"pixel_mean": model.pixel_mean, "pixel_std": model.pixel_std}
+    seen = view.apply(images, keys, extent=extent, other_images=batch.other_images, features=features, target=target, **statistics)
+    return batch.with_images(jax.lax.stop_gradient(seen))

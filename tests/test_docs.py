@@ -1,0 +1,47 @@
+"""docs/objectives.md tells what there is: its generated parts are what the files say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mmalign_jax import losses
+from mmalign_jax.config import from_mapping
+from mmalign_jax.pairs import views
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
+
+
+def generated(marker: str) -> str:
+    found = re.search(rf"<!-- {marker} -->\n(.*?)<!-- /{marker} -->", PAGE, re.DOTALL)
+    assert found, f"docs/objectives.md has no part between <!-- {marker} --> and <!-- /{marker} -->"
+    return found[1].strip()
+
+
+def test_every_objective_is_listed_as_its_file_says():
+    rows = [f"| `{name}` | {losses.summary(name)} |" for name in losses.names()]
+    assert generated("objectives") == "\n".join(["| name | |", "|---|---|", *rows])
+
+
+def test_the_example_is_the_file():
+    source = (ROOT / "configs/objectives/alpha_po.py").read_text(encoding="utf-8").strip()
+    assert generated("alpha_po") == f"```python\n{source}\n```"
+
+
+def test_every_objective_file_is_short():
+    for path in (ROOT / "configs/objectives").glob("*.py"):
+        assert len(path.read_text().splitlines()) < 20, path.name
+
+
+@pytest.mark.parametrize("name", views.names())
+def test_every_view_is_named(name):
+    assert name == "identity" or f"`{name}" in PAGE
+
+
+def test_settings_that_the_page_names_exist():
+    named = set(re.findall(r"`((?:reference|monitor|stop|eval|train)\.\w+)`", PAGE))
+    assert named
+    for setting in named:
+        group, field = setting.split(".")
+        assert hasattr(getattr(from_mapping({}), group), field), setting
