@@ -22,7 +22,10 @@ def start(workdir: Path, config: str, settings: dict[str, object]) -> subprocess
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
     """What the command printed; it must end with this code."""
-    output, _ = process.communicate(timeout=300)
+    try:
+        output, _ = process.communicate(timeout=600)
+    finally:
+        process.kill()
     assert process.returncode == code, output
     return output
 
