@@ -90,26 +90,24 @@ def test_gradient_equals_finite_differences_and_old_log_probs_get_none(kind, set
         reference = jnp.array(REFERENCE)
         total = lambda *a: policy_gradient(*a[:3], mask, kind=kind, reference=a[3], kl_weight=0.3, **settings)[0]  # noqa: E731
         gradient, *rest = jax.grad(total, argnums=(0, 1, 2, 3))(*inputs, reference)
-        for index in zip(*np.nonzero(MASK), strict=True):
-            step = jnp.zeros_like(inputs[0]).at[index].set(1e-6)
-            quotient = (total(inputs[0] + step, *inputs[1:], reference) - total(inputs[0] - step, *inputs[1:], reference)) / 2e-6
-            np.testing.assert_allclose(gradient[index], quotient, atol=1e-8)
+        step = 1e-6 * jnp.array([[1.0, -0.7, 0.4], [-1.3, 0.6, 0.0]])
+        difference = total(inputs[0] + step, *inputs[1:], reference) - total(inputs[0] - step, *inputs[1:], reference)
+        np.testing.assert_allclose(jnp.sum(gradient * step), difference / 2, rtol=1e-6)
     assert np.any(gradient) and not np.any(gradient[~MASK])
     assert not any(np.any(x) for x in rest)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
-@pytest.mark.parametrize("gap", [-1e3, -60.0, 60.0, 1e3])
-def test_far_samples_stay_finite(kind, gap):
+def test_far_samples_stay_finite(kind):
     """Also where the advantage is 0, as in groups whose rewards are all equal, and where the reference is far from the policy."""
-    logps = jnp.full((3, 3), -1e3)
+    gap = jnp.repeat(jnp.array([-1e3, -60.0, 60.0, 1e3]), 3)[:, None] * jnp.ones(2)
+    arguments = -1e3 - gap, jnp.tile(jnp.array([1.0, -1.0, 0.0]), 4), jnp.ones_like(gap, bool)
     level = "sequence" if kind == "luspo" else "token"
-    arguments = logps - gap, jnp.array([1.0, -1.0, 0.0]), jnp.ones((3, 3), bool)
 
     def total(x):
-        return policy_gradient(x, *arguments, kind=kind, level=level, reference=logps + gap, kl_weight=0.1, kl_by_ratio=True)
+        return policy_gradient(x, *arguments, kind=kind, level=level, reference=-1e3 + gap, kl_weight=0.1, kl_by_ratio=True)
 
-    (loss, metrics), gradient = jax.value_and_grad(total, has_aux=True)(logps)
+    (loss, metrics), gradient = jax.value_and_grad(total, has_aux=True)(jnp.full_like(gap, -1e3))
     assert jnp.isfinite(loss) and jnp.isfinite(gradient).all()
     assert all(jnp.isfinite(x) for x in metrics.values())
 
