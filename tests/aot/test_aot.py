@@ -7,7 +7,7 @@ import pytest
 from helpers.checkpoints import tiny_llava
 from helpers.commands import ROOT, launch
 
-from mmalign_jax import config, config_files
+from mmalign_jax import config, config_files, losses
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.import_ import read_config
 from mmalign_jax.mesh import make_mesh
@@ -15,6 +15,7 @@ from mmalign_jax.models.params import abstract_params
 from mmalign_jax.models.presets import preset
 from mmalign_jax.training import aot
 from mmalign_jax.training.aot import compile_step
+from mmalign_jax.training.reference import Reference
 
 # libtpu lends its compiler only: it must not look for a TPU, and other test processes may hold it too
 QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -91,7 +92,8 @@ def test_the_state_is_sharded_and_the_first_moment_may_be_small(replicated, size
 
 def test_a_long_prefix_is_full_of_tiles():
     mesh, sizes = make_mesh(), preset("llava-1.6-mistral-7b")
-    tiles = lambda **changes: aot._abstract_batch(settings(**changes), sizes, mesh, 2).images.shape[2]  # noqa: E731
+    objective, live = losses.build("dpo"), Reference("live", lambda path: True)
+    tiles = lambda **changes: aot._abstract_batch(settings(**changes), sizes, mesh, objective, live).images.shape[2]  # noqa: E731
     assert tiles(**{"data.prefix_tokens": 3072}) == 5 and tiles(**{"data.prefix_tokens": 704}) == 1
     with pytest.raises(UserError, match="config.data.prefix_tokens: say how long"):
         tiles(**{"data.prefix_tokens": 0})
