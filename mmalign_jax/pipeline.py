@@ -90,7 +90,8 @@ class _Run:
         c, p = self.config, self.policy
         self.objective = losses.build(c.objective.name, **c.objective.hyperparameters)
         self.reference = Reference.of(c, Trainable.of(c, p.sizes), self.objective)
-        self.loss = LossFunction(p.model, self.objective, c.train.redraw_views == "epoch", self.reference.free)
+        self.objective = dataclasses.replace(self.objective, reference_free=self.reference.free)
+        self.loss = LossFunction(p.model, self.objective, c.train.redraw_views == "epoch")
         if self.loss.view is not None:
             self.console.line(f"Corrupted images: {self.loss.view}")
         self.skipped: list[SkippedRow] = []

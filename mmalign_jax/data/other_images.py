@@ -52,11 +52,12 @@ class OtherImages:
         return {"other_images": media_lib.pixels_of(frames, media, row.expansions, self.processor.pictures, place, **sizes)}
 
     def _partner(self, index: int, record: PreferenceRecord) -> PreferenceRecord:
-        count = len(self.records)
+        count, own = len(self.records), {data for medium in record.media for data in medium.pictures}
         if count > 1:
             start = record_key(record.id) % (count - 1)
             for step in range(count - 1):
                 other = self.records[(index + 1 + (start + step) % (count - 1)) % count]
-                if other.media:
+                # sets have several questions about one picture
+                if other.media and not {data for medium in other.media for data in medium.pictures} & own:
                     return other
-        raise UserError("config.objective.view: a view shows another row's picture, and no other record has one")
+        raise UserError("config.objective.view: a view shows another row's picture, and no other record has another one")

@@ -60,7 +60,9 @@ class BatchKl(Constant):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.MISMATCHED, Need.BATCH, Need.REFERENCE})
 
     def __call__(self, stats: BranchStats, beta: float, score: Score) -> Float[Array, ""]:
-        return jax.lax.stop_gradient(jnp.maximum(beta * jnp.mean(score(stats, MISMATCHED)), 0.0))
+        there = stats.mismatched.lengths[:, 0] > 0  # a row may have no partner
+        mean = jnp.sum(jnp.where(there, score(stats, MISMATCHED), 0.0)) / jnp.maximum(jnp.sum(there), 1)
+        return jax.lax.stop_gradient(jnp.maximum(beta * mean, 0.0))
 
 
 Baseline = Constant  # the protocol of all of them

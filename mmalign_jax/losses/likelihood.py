@@ -1,4 +1,4 @@
-"""Terms that read the policy's likelihood alone, and the regulariser that keeps it near the reference."""
+"""Terms that read the policy's likelihood alone."""
 
 import dataclasses
 from typing import ClassVar
@@ -49,6 +49,7 @@ class Auxiliary(Term):
     """Mean negative log-likelihood of rows of another data set (`config.auxiliary`) (HA-DPO, arXiv 2311.16839, section 3.3)."""
 
     label: ClassVar[str] = "auxiliary"
+    of_pair: ClassVar[bool] = False
     branches: ClassVar[tuple[Branch, ...]] = ()
     needs: ClassVar[frozenset[Need]] = frozenset({Need.AUXILIARY})
 
@@ -92,19 +93,6 @@ class Odds(Term):
 
     def __call__(self, stats: BranchStats) -> PerPair:
         return links.logistic()(self.logit(stats))
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenKl(Term):
-    """KL(rejected) - sg(KL(chosen)), KL from reference to policy summed over tokens: the policy stays near the reference where the answer is bad
-    (CHiP, arXiv 2501.16629, as TDPO, arXiv 2404.11999)."""
-
-    label: ClassVar[str] = "kl"
-    branches: ClassVar[tuple[Branch, ...]] = (CHOSEN, REJECTED)
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.KL, Need.REFERENCE})
-
-    def __call__(self, stats: BranchStats) -> PerPair:
-        return stats.kl[:, 1] - jax.lax.stop_gradient(stats.kl[:, 0])
 
 
 def _log_odds(mean_logp: PerPair) -> PerPair:

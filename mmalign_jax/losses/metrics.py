@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mmalign_jax.losses.beta import BetaSchedule
-from mmalign_jax.losses.branches import CHOSEN, CHOSEN_OTHER_IMAGE, REJECTED, Need
+from mmalign_jax.losses.branches import CHOSEN, CHOSEN_OTHER_IMAGE, REJECTED, Branch, Need
 from mmalign_jax.losses.likelihood import Odds
+from mmalign_jax.losses.links import logistic
 from mmalign_jax.losses.scores import Mean, Score
 from mmalign_jax.losses.stats import BranchStats
 from mmalign_jax.losses.terms import Pair, PerPair, Point, Term, Terms, Transport
@@ -22,10 +23,13 @@ def main_term(terms: Terms) -> Term | None:
     return next((term for _, term in terms if isinstance(term, (Pair, Point, Transport, Odds))), None)
 
 
-def metrics_of(terms: Terms, stats: BranchStats, loss: PerPair, by_label: dict[str, PerPair]) -> Metrics:
+def metrics_of(
+    terms: Terms, stats: BranchStats, loss: PerPair, by_label: dict[str, PerPair], *, reference_free: bool = False
+) -> Metrics:
     """Metrics of a batch. Statistics that the objective does not need are not reported, whether they were given or not.
 
     Args:
+      reference_free: the reference is one that says nothing, so there is no distance from it.
       by_label: unweighted loss of the terms, by their labels; reported where there are several.
     """
     needs = frozenset().union(*(term.needs for _, term in terms))
@@ -34,15 +38,17 @@ def metrics_of(terms: Terms, stats: BranchStats, loss: PerPair, by_label: dict[s
     out = _likelihood(stats, loss)
     if len(by_label) > 1:
         out |= {f"loss/{label}": value for label, value in by_label.items()}
-    if stats.answers.policy.shape[1] > 1:
+    answers = stats.answers.policy.shape[1]
+    if answers > 1:
         out |= {"logps/rejected": stats.answers.policy[:, 1], "lengths/rejected": stats.answers.lengths[:, 1]}
-    if (main := main_term(terms)) is not None:
+    # an objective that was left with one side of its pairs has no pair to report
+    if (main := main_term(terms)) is not None and answers > max(branch.answer for branch in _sides(main)):
         h, rewards = _rewards(main, stats)
-        out |= rewards | {"grad_weight": jax.nn.sigmoid(-h)}
+        out |= rewards | {"grad_weight": _grad_weight(main, stats)}
         if isinstance(main, Pair) and isinstance(main.beta, BetaSchedule):
             out["beta"] = main.betas(stats)
-        if Need.REFERENCE in needs:
-            out |= _drift(stats, h)
+        if Need.REFERENCE in needs and not reference_free:
+            out |= _drift(stats, h, displacement=not isinstance(main, Transport))  # whose h are no row's own
     if stats.other_image is not None:
         out["logps/chosen_other_image"] = stats.other_image.policy[:, 0]
     return {name: jax.lax.stop_gradient(jnp.mean(value.astype(jnp.float32))) for name, value in out.items()}
@@ -55,7 +61,7 @@ def _rewards(main: Term, stats: BranchStats) -> tuple[PerPair, PerPairMetrics]:
     else:
         score = main.score
         beta = main.betas(stats) if isinstance(main, Pair) else main.beta
-    win, lose = (main.win, main.lose) if isinstance(main, Pair) else (CHOSEN, REJECTED)
+    win, lose = _sides(main)
     chosen, rejected = beta * score(stats, win), beta * score(stats, lose)
     h = chosen - rejected if isinstance(main, Point) else main.logit(stats)
     out = {
@@ -81,12 +87,19 @@ def _likelihood(stats: BranchStats, loss: PerPair) -> PerPairMetrics:
     }
 
 
-def _drift(stats: BranchStats, h: PerPair) -> PerPairMetrics:
+def _sides(main: Term) -> tuple[Branch, Branch]:
+    return (main.win, main.lose) if isinstance(main, Pair) else (CHOSEN, REJECTED)
+
+
+def _grad_weight(main: Term, stats: BranchStats) -> PerPair:
+    """How strongly a pair still pulls: the size of the link's derivative, sigmoid(-h) for DPO."""
+    link, x = (logistic(), main.logit(stats)) if isinstance(main, Odds) else (main.link, main.logit(stats))
+    return jnp.abs(jax.grad(lambda x: jnp.sum(link(x)))(x))
+
+
+def _drift(stats: BranchStats, h: PerPair, displacement: bool) -> PerPairMetrics:
     """How far the chosen answer has moved from the reference; displaced pairs improve while their chosen answer gets less likely."""
     answers = stats.answers
     chosen, length = answers.policy[:, 0] - answers.reference[:, 0], answers.lengths[:, 0]
-    return {
-        "chosen_drift": chosen,
-        "chosen_drift_per_token": chosen / jnp.where(length > 0, length, 1.0),
-        "displacement_rate": (chosen < 0) & (h > 0),
-    }
+    out = {"chosen_drift": chosen, "chosen_drift_per_token": chosen / jnp.where(length > 0, length, 1.0)}
+    return out | ({"displacement_rate": (chosen < 0) & (h > 0)} if displacement else {})

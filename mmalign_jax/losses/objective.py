@@ -24,11 +24,13 @@ class Objective:
       name: its name in a config.
       terms: what it is made of.
       hyperparameters: every one of its hyper-parameters.
+      reference_free: where it compares with a reference, that is one for which all answers are equally likely (log-probs of 0).
     """
 
     name: str
     terms: Terms
     hyperparameters: Mapping[str, Value] = dataclasses.field(hash=False)
+    reference_free: bool = False
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -62,11 +64,10 @@ class Objective:
         loss = jnp.zeros_like(stats.answers.policy[:, 0])
         for weight, term in self.terms:
             value = term(stats)
-            loss = loss + weight * value
+            counted = value if stats.weight is None or not term.of_pair else stats.weight * value
+            loss = loss + weight * counted
             by_label[term.label] = by_label.get(term.label, 0.0) + value
-        if stats.weight is not None:
-            loss = loss * stats.weight
-        return loss, metrics_of(self.terms, stats, loss, by_label)
+        return loss, metrics_of(self.terms, stats, loss, by_label, reference_free=self.reference_free)
 
     def initial_state(self) -> State:
         """What the objective carries from step to step, before the first one."""

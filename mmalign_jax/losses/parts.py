@@ -11,7 +11,7 @@ from mmalign_jax.losses.branches import (
     REJECTED_OTHER_IMAGE,
     SELF_REJECTED,
 )
-from mmalign_jax.losses.likelihood import Auxiliary, ConfidenceLikelihood, Likelihood, Odds, TokenKl
+from mmalign_jax.losses.likelihood import Auxiliary, ConfidenceLikelihood, Likelihood, Odds
 from mmalign_jax.losses.links import discopop, exo, exp, hinge, logistic, robust, sigmoid, square
 from mmalign_jax.losses.scores import Divergence, LengthDesensitized, Mean, Score, Sum, Weighted
 from mmalign_jax.losses.terms import Pair, Point, Terms, Transport
@@ -21,6 +21,6 @@ __all__ = [
     "CHOSEN", "CHOSEN_NO_IMAGE", "CHOSEN_OTHER_IMAGE", "REJECTED", "REJECTED_OTHER_IMAGE", "SELF_REJECTED",
     "Auxiliary", "BatchKl", "ByBatch", "ByEpoch", "ByHardness", "ByMargin", "ChosenPenalty", "ConfidenceLikelihood", "Constant", "Divergence",
     "ImageGap", "LengthDesensitized", "LengthGap", "Likelihood", "Mean", "Odds", "Pair", "Point", "RunningMean", "Score", "SequenceKl", "Sum",
-    "Terms", "TokenKl", "Transport", "Trust", "Weighted",
+    "Terms", "Transport", "Trust", "Weighted",
     "discopop", "exo", "exp", "hinge", "logistic", "robust", "sigmoid", "square",
 ]  # fmt: skip

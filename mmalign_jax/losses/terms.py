@@ -25,6 +25,7 @@ class Term(abc.ABC):
     """Something that gives every pair a loss. `label` is its name in the metrics."""
 
     label: ClassVar[str] = "term"
+    of_pair: ClassVar[bool] = True  # false: it reads other rows, which the pair's weight does not concern
 
     @property
     @abc.abstractmethod
@@ -84,6 +85,7 @@ class Pair(Term):
       gamma: margin that h must exceed.
       inside, outside: further addends, before and after beta.
       trust: weight of each pair, not differentiated.
+      name: in the metrics, where an objective has several pairs of a kind.
     """
 
     beta: float | BetaSchedule = 0.1
@@ -95,12 +97,13 @@ class Pair(Term):
     inside: tuple[Addend, ...] = ()
     outside: tuple[Addend, ...] = ()
     trust: Trust | None = None
+    name: str = ""
 
     @property
     def label(self) -> str:
-        """Which side of the pair differs. DPO's partition function cancels for "text" edges alone: they have the images in common."""
-        if self.win.images == self.lose.images:
-            return "text"
+        """Its name, or which side of the pair differs. DPO's partition function cancels for "text" edges alone: they have the images in common."""
+        if self.name or self.win.images == self.lose.images:
+            return self.name or "text"
         return "image" if self.win.answer == self.lose.answer and "self" not in self.lose.images else "mixed"
 
     @property
@@ -193,9 +196,12 @@ class Point(Term):
     def needs(self) -> frozenset[Need]:
         return self.score.needs | self.branch.needs | self.baseline.needs
 
-    def __call__(self, stats: BranchStats) -> PerPair:
+    def logit(self, stats: BranchStats) -> PerPair:
         baseline = jax.lax.stop_gradient(self.baseline(stats, self.beta, self.score))
-        return self.link(self.sign * (self.beta * self.score(stats, self.branch) - baseline))
+        return self.sign * (self.beta * self.score(stats, self.branch) - baseline)
+
+    def __call__(self, stats: BranchStats) -> PerPair:
+        return self.link(self.logit(stats))
 
     def initial_state(self) -> dict[str, float]:
         return self.baseline.initial_state()

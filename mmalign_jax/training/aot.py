@@ -68,7 +68,7 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
     state, reference, batch = _abstract_arguments(config, sizes, mesh, optimizer, objective, kind)
     dtype = mesh_lib.compute_dtype(config.model.compute_dtype, "tpu")
     model = Mllm(sizes, (0.5,) * 3, (0.5,) * 3, dtype, remat=config.model.remat == "full")
-    loss = LossFunction(model, objective, config.train.redraw_views == "epoch", kind.free)
+    loss = LossFunction(model, dataclasses.replace(objective, reference_free=kind.free), config.train.redraw_views == "epoch")
     step = make_train_step(loss, optimizer, make_schedule(config.optimizer, config.train.steps), follow=kind.follow)
     start = time.monotonic()
     with jax.set_mesh(mesh):
@@ -119,7 +119,7 @@ def _abstract_arguments(
     rule = Trainable.of(config, sizes)
     params, frozen = rule.split(jax.tree.map(placed, shapes, shardings))
     kept = mesh_lib.compute_dtype(config.model.compute_dtype, "tpu") if config.model.reference_dtype == "auto" else config.model.reference_dtype
-    in_kept = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(kept), sharding=leaf.sharding)  # noqa: E731
+    in_kept = lambda leaf, dtype=kept: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)  # noqa: E731
     frozen, reference = jax.tree.map(in_kept, frozen), jax.tree.map(in_kept, split(params, kind.copied)[0])
     moments = optax.tree.map_params(
         optimizer,
@@ -130,7 +130,7 @@ def _abstract_arguments(
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     carried = jax.tree.map(lambda leaf: placed(leaf, whole), jax.eval_shape(objective.initial_state))
-    moving = reference if kind.follow else {}
+    moving = jax.tree.map(lambda leaf: in_kept(leaf, "float32"), reference) if kind.follow else {}
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, frozen, moments, placed(key, whole), carried, moving)
     return state, reference if kind.kind in ("live", "adapter_off") else None, _abstract_batch(config, sizes, mesh, objective, kind)
 

@@ -104,7 +104,10 @@ def prompts(batch: PairBatch) -> PairBatch:
 
 
 def with_mismatched(batch: PairBatch) -> PairBatch:
-    """The rows `[*A, B]` with the chosen answer of the next row, of the whole step, as their last one (KTO's partner)."""
+    """The rows `[*A, B]` with the chosen answer of the next row, of the whole step, as their last one (KTO's partner).
+
+    Where the next row is of the same record, the answer is left empty: it is not another prompt's.
+    """
     p, r = batch.prefix_slots, batch.answer_slots
 
     def next_row(values: Array) -> Array:
@@ -114,4 +117,8 @@ def with_mismatched(batch: PairBatch) -> PairBatch:
         rolled = jnp.roll(chosen.reshape(-1, r), -1, axis=0).reshape(chosen.shape)
         return mesh.constrain(rolled, *axes)
 
-    return with_answer(batch, next_row(batch.tokens), next_row(batch.role) == FIRST_ANSWER, next_row(batch.token_weight))
+    keys = mesh.constrain(batch.record_key, *(None,) * batch.record_key.ndim)
+    foreign = jnp.roll(keys.reshape(-1), -1).reshape(keys.shape) != keys
+    foreign = mesh.constrain(foreign, *(None,) * (keys.ndim - 1), "batch")[..., None]
+    scored = (next_row(batch.role) == FIRST_ANSWER) & foreign
+    return with_answer(batch, next_row(batch.tokens), scored, jnp.where(foreign, next_row(batch.token_weight), 0.0))

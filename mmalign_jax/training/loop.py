@@ -97,7 +97,8 @@ def train(
             with writer:
                 with console.phase("Loading reference and frozen parts"):
                     theirs, frozen = rule.split(load_params(kept, lambda path: reference.copied(path) or not rule.trains(path)))
-                    moving = theirs if reference.follow else {}
+                    # small shares of small moves are lost in bfloat16
+                    moving = jax.tree.map(lambda leaf: leaf.astype("float32"), theirs) if reference.follow else {}
                     # computed in every step, though all its leaves may be the policy's frozen ones
                     theirs = theirs if reference.kind in ("live", "adapter_off") else None
                 # either a new state or a saved one: both at once would take twice the memory of parameters and moments
@@ -122,7 +123,7 @@ def train(
             checkpoints.close()
     ended = int(state.step) >= config.train.steps or measures.reason
     name = "" if stop.signal is None or ended else stop.signal.name
-    return Trained(union(state.params, state.frozen), int(state.step), name, measures.reason)
+    return Trained(union(state.params, state.frozen), int(state.step), name, measures.reason if int(state.step) < config.train.steps else "")
 
 
 @dataclasses.dataclass
@@ -185,7 +186,7 @@ class _Run:
             if done % self.config.checkpoint.every == 0 or done == steps or stopping:
                 self._check_finite(*in_flight)
                 self.checkpoints.save(state, self.batches.get_state())
-            if measures.reason:
+            if measures.reason and done < steps:
                 self.console.line(f"Stopped at step {done} of {steps}: {measures.reason}")
                 break
             if stopping and done < steps:

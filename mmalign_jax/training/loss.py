@@ -43,22 +43,20 @@ class LossFunction:
 
     Args:
       redraw_views: a corrupted image is drawn anew in every epoch; otherwise it is a function of seed, record and view alone.
-      reference_free: where the objective compares with a reference, it is one for which all answers are equally likely.
     """
 
     model: Mllm
     objective: losses.Objective
     redraw_views: bool = False
-    reference_free: bool = False
 
     @property
     def reads_reference(self) -> bool:
         """Whether reference log-probs must come from somewhere."""
-        return Need.REFERENCE in self.objective.needs and not self.reference_free
+        return Need.REFERENCE in self.objective.needs and not self.objective.reference_free
 
     @property
     def view(self) -> views.View | None:
-        return views.parse(self.objective.view) if self.objective.view else None
+        return views.parse(self.objective.view, "config.objective.view") if self.objective.view else None
 
     def __call__(
         self, params: dict, frozen: dict, reference: dict | None, batch: PairBatch, key: Array, moment: Moment | None = None

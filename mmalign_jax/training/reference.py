@@ -36,6 +36,10 @@ class Reference:
           UserError: the kind does not go with the objective, with what trains, or with views that are drawn anew.
         """
         kind, reads = config.reference.kind, Need.REFERENCE in objective.needs
+        if Need.MISMATCHED in objective.needs and config.train.batch_size < 2:
+            raise UserError(f"config.train.batch_size: {objective.name} also scores the answers of other rows of a step; give it 2 at least")
+        if not reads or kind == "none":
+            _check_rules(config, objective)
         if not reads:
             if kind not in ("auto", "none"):
                 raise UserError(f"config.reference.kind: {objective.name} compares with no reference; leave it at auto")
@@ -53,6 +57,13 @@ class Reference:
             problem = "more than new low-rank factors trains" if config.lora.rank else "nothing is adapted (config.lora.rank)"
             raise UserError(f"config.reference.kind: adapter_off is not the SFT model here, because {problem}; use live")
         return cls("adapter_off" if rule.only_new_factors else "live", rule.in_reference)
+
+
+def _check_rules(config: Config, objective: Objective) -> None:
+    """Rules that would never see anything are not taken."""
+    for name in ("kl_budget", "displacement"):
+        if getattr(config.stop, name):
+            raise UserError(f"config.stop.{name}: {objective.name} has no reference here, so the distance from it is not known; leave it out")
 
 
 def _nothing(path: LeafPath) -> bool:

@@ -1,5 +1,6 @@
 """When training should end before its last step, and why, in words (the rules of thumb behind it: arXiv 2406.02900, 2410.08847)."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from mmalign_jax.config import StopConfig
@@ -82,4 +83,5 @@ def _patience(history: Sequence[Line], config: StopConfig) -> str:
 
 def _of(history: Sequence[Line], name: str) -> list[tuple[float, float]]:
     """(step, value) of the lines that have the metric."""
-    return [(line["step"], line[name]) for line in history if name in line]
+    known = [(line["step"], line[name]) for line in history if line.get(name) is not None]  # a file holds null for what is not finite
+    return [(step, value) for step, value in known if math.isfinite(value)]

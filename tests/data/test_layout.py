@@ -38,7 +38,7 @@ def test_a_pair():
     dtypes = {name: value.dtype.name for name, value in out.items()}
     assert dtypes == {
         "tokens": "int32", "role": "int8", "positions": "int32", "images": "uint8", "image_index": "int32", "token_weight": "float32",
-        "record_key": "uint32", "margin": "float32",
+        "record_key": "uint32", "margin": "float32", "weight": "float32",
     }  # fmt: skip
 
 
@@ -199,9 +199,16 @@ def test_rows_without_a_pair_or_that_cannot_be_tokenised():
     assert plan_rows(rows[:2], Strict(), DataConfig(), answers=1).items.tolist() == [[0, 0], [1, -1]]
 
 
-def test_a_weight_is_not_ignored():
-    with pytest.raises(DataError, match="weight 0.5"):
-        planned([record(prefs=(Preference(0, 1, 0.5),))])
+def test_a_weight_travels_with_its_row():
+    row = record(prefs=(Preference(0, 1, 0.5),))
+    sizes = sized(prefix_slots=8, answer_slots=5, answers=2, images=2)
+    assert lay_out(row, row.prefs[0], PROCESSOR, sizes)["weight"] == 0.5 and lay_out(record(), None, PROCESSOR, sized(answers=1))["weight"] == 1
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_none_is_refused(weight):
+    with pytest.raises(DataError, match="weight"):
+        planned([record(prefs=(Preference(0, 1, weight),))])
 
 
 def test_a_row_longer_than_the_decoder_was_made_for_does_not_fit():

@@ -167,7 +167,7 @@ CASES = [
     ("v_dpo", {"guidance": 0.0}, DPO),
     ("v_dpo", {}, -ls(0.1 * guided(0.5))),
     ("v_dpo", {"bias_weight": 0.5}, -ls(0.1 * guided(0.5)) - 0.5 * ls(0.1 * (W - D["lp_null_w"] + D["ref_null_w"]))),
-    ("chip", {}, DPO - ls(0.1 * (W - OTHER)) - ls(0.1 * weighted(4.0, True)) + 0.01 * KL_GAP),
+    ("chip", {}, -ls(0.1 * (GAP - 0.1 * KL_GAP)) - ls(0.1 * (W - OTHER)) - ls(0.1 * weighted(4.0, False))),
 ]
 
 

@@ -115,9 +115,11 @@ def test_auxiliary_rows_have_their_own_likelihood(tiny, reference, batch):
 
 
 def test_reference_free_is_a_reference_that_says_nothing(tiny, batch):
-    loss = LossFunction(tiny.model, losses.build("dpo"), reference_free=True)
+    loss = LossFunction(tiny.model, dataclasses.replace(losses.build("dpo"), reference_free=True))
     stats = quick_jit(lambda batch: loss.statistics(tiny.params, {}, None, batch, KEY))(batch)
     assert np.all(np.asarray(stats.answers.reference) == 0) and not loss.reads_reference
+    # there is no distance from such a reference, and no rule must see one
+    assert not {"chosen_drift", "displacement_rate"} & loss.objective(stats)[1].keys()
 
 
 class Stepping:

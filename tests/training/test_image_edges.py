@@ -18,7 +18,7 @@ TEXT_ROW = 2  # of MIXED
 KEY = jax.random.key(5)
 EDGES = {
     "mdpo": {"image_weight": 1.0, "anchor_weight": 0.0},
-    "chip": {"segment_weight": 0.0, "kl_weight": 0.0},
+    "chip": {"segment_weight": 0.0},
     "adpo": {"likelihood_weight": 0.0},
     "image_dpo": {},
 }
