@@ -202,7 +202,7 @@ def test_rows_without_a_pair_or_that_cannot_be_tokenised():
 def test_a_weight_travels_with_its_row():
     row = record(prefs=(Preference(0, 1, 0.5),))
     sizes = sized(prefix_slots=8, answer_slots=5, answers=2, images=2)
-    assert lay_out(row, row.prefs[0], PROCESSOR, sizes)["weight"] == 0.5 and lay_out(record(), None, PROCESSOR, sized(answers=1))["weight"] == 1
+    assert lay_out(row, row.prefs[0], PROCESSOR, sizes)["weight"] == 0.5 and record().prefs[0].weight == 1
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
