@@ -30,7 +30,7 @@ def start(workdir, base, rows, devices, *words, **cluster):
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_sweep_as_one(tmp_path):
     base = tiny_llava(tmp_path / "base")
     pictures = ({"bytes": photo_bytes(name, (60, 90)), "path": f"{name}.jpg"} for name in ("astronaut", "coffee", "rocket"))
