@@ -82,7 +82,7 @@ def test_the_directory_holds_everything(run, base):
     config = json.loads((workdir / "config.json").read_text())
     assert config["train"]["steps"] == 5 and config["train"]["batch_size"] == 64 and config["model"]["path"] == str(base)
     summary = json.loads((workdir / "summary.json").read_text())
-    assert summary == {"objective": "dpo", "steps": 5, "scores": []}
+    assert summary == {"objective": "dpo", "steps": 5, "stopped": "", "scores": []}
     report = (workdir / "report.html").read_text()
     assert "Loss" in report and "Traceback" not in report
     count = len(PHOTOGRAPHS)
