@@ -109,7 +109,7 @@ def test_first_loss_gradients_and_eight_devices(case, tiny, batch):
     params, frozen = tiny.params, {}
     gradient = quick_jit(jax.value_and_grad(loss, has_aux=True))
     (value, _), grads = gradient(params, frozen, params, eight, jax.random.key(0))
-    np.testing.assert_allclose(value, np.log(2), atol=1e-5)
+    np.testing.assert_allclose(value, np.log(2), atol=5e-5)
     silent = [jax.tree_util.keystr(path) for path, leaf in jax.tree_util.tree_leaves_with_path(grads) if not np.any(leaf)]
     # softmax does not see what a key bias adds to all of a query's scores: its gradient is rounding, or 0
     assert all(name.endswith("['key']['bias']") for name in silent), silent
@@ -123,4 +123,4 @@ def test_first_loss_gradients_and_eight_devices(case, tiny, batch):
         theirs = jax.tree.map(lambda x: x * 1.1, spread)
         many = jax.jit(loss, compiler_options={"xla_backend_optimization_level": 0})(spread, {}, theirs, placed, jax.random.key(0))[0]
     assert abs(float(one) - np.log(2)) > 1e-3
-    np.testing.assert_allclose(many, one, rtol=1e-5)
+    np.testing.assert_allclose(many, one, rtol=5e-5)
