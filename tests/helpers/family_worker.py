@@ -20,7 +20,7 @@ STEPS = 2
 
 def numbers(directory: pathlib.Path, objective: str, buckets: int) -> dict[str, float]:
     """Loss and metrics of every step, and the norm of the sum of every tensor's gradients, for the case of a directory."""
-    from helpers.steps import Steps, copies
+    from helpers.steps import SIGNS_OF_ROUNDING, Steps, copies
 
     from mmalign_jax.mesh import make_mesh
 
@@ -30,7 +30,7 @@ def numbers(directory: pathlib.Path, objective: str, buckets: int) -> dict[str, 
     loader, state, out = steps.loader(mesh.size, 1), steps.start(), {}
     for number in range(STEPS):
         state, metrics = steps(state, next(loader))
-        out |= {f"{number}/{name}": value for name, value in metrics.items()}
+        out |= {f"{number}/{name}": value for name, value in metrics.items() if name not in SIGNS_OF_ROUNDING}
     with jax.set_mesh(mesh):
         norms = jax.jit(lambda tree: jax.tree.map(lambda x: jax.numpy.sqrt(jax.numpy.sum(jax.numpy.square(x))), tree))
         found = jax.device_get(norms(optax.tree.get(state.opt_state, "trace")))

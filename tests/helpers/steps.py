@@ -25,6 +25,9 @@ from mmalign_jax.types import PairBatch, Part, PreferenceRecord, TrainState
 
 RULE = Trainable(frozenset({"vision_tower"}))
 
+# a row of text has no other picture: its margin is 0, and the sign of it a matter of rounding
+SIGNS_OF_ROUNDING = {"rewards/accuracies_image"}
+
 
 def copies(records: Sequence[PreferenceRecord], count: int) -> list[PreferenceRecord]:
     """So many rows, each with a name of its own, which views and order are drawn from, and with its number in the prompt."""
