@@ -182,9 +182,7 @@ def _of_chunk(
         gap = (theirs - logits) - (jax.nn.logsumexp(theirs, axis=-1) - total)[..., None]
         out["kl"] = jnp.sum(jax.nn.softmax(theirs, axis=-1) * gap, axis=-1)
     if "argmax" in wanted:
-        # by comparison, for the same reason: the first of the largest
-        places = jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), jnp.arange(logits.shape[-1]), logits.shape[-1])
-        out["argmax"] = jnp.min(places, axis=-1)
+        out["argmax"] = jnp.argmax(logits, axis=-1)  # of a sharded vocabulary: the largest of each share's largest
     return out
 
 

@@ -34,7 +34,7 @@ def batches(steps):
 
 def test_accumulated_equals_whole(steps, batches):
     (after, got), (expected, metrics) = (steps(steps.start(), batch) for batch in (batches[0], whole(batches[0])))
-    assert abs(metrics["rewards/margins"]) > 1e-3
+    assert abs(metrics["rewards/margins"]) > 1e-4  # above what is allowed below
     assert got.keys() == metrics.keys()
     for name in metrics.keys() - SIGNS_OF_ROUNDING:
         np.testing.assert_allclose(got[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)

@@ -58,7 +58,9 @@ def adjust_hue(pixels: Float32[Array, "B M Y W 3"], turn: Float32[Array, "B M"])
     value, least = jnp.max(pixels, axis=-1), jnp.min(pixels, axis=-1)
     chroma = value - least
     unit = jnp.where(chroma > 0, chroma, 1.0)
-    sector = jnp.where(value == red, (green - blue) / unit, jnp.where(value == green, 2 + (blue - red) / unit, 4 + (red - green) / unit))
+    # by order and never by `value == red`: XLA may compute the pixels twice, rounded differently, and no channel would be equal
+    reddest, greenest = (red >= green) & (red >= blue), green >= blue
+    sector = jnp.where(reddest, (green - blue) / unit, jnp.where(greenest, 2 + (blue - red) / unit, 4 + (red - green) / unit))
     hue = sector + 6 * turn[..., None, None]
     # the channels of a hue (in sixths of the circle) at full value: one plateau of two sixths each, sloping to both sides
     distance = jnp.stack([(hue + shift) % 6 for shift in (5, 3, 1)], axis=-1)

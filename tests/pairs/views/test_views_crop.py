@@ -26,6 +26,13 @@ def crops(images, records=RECORDS, epoch=0, seed=SEED):
     return random_resized_crop(images, row_keys(seed, records, epoch))
 
 
+def assert_same_views(got, expected):
+    """The same boxes; a pixel half-way between two levels may be rounded to either, as programs of other shapes add in another order."""
+    got, expected = (np.asarray(x).astype(int) for x in (got, expected))
+    np.testing.assert_allclose(got, expected, atol=1)
+    assert np.mean(got != expected) < 5e-3
+
+
 def boxes(count, height, width, scale=(0.01, 0.20), ratio=(3 / 4, 4 / 3)):
     keys = jax.random.split(SEED, count)
     return np.asarray(quick_jit(jax.vmap(lambda key: views.crop_box(key, height, width, scale, ratio)))(keys)).T
@@ -37,7 +44,7 @@ def test_drawn_from_seed_record_and_epoch_alone():
     assert first.shape == images.shape and first.dtype == jnp.uint8
     np.testing.assert_array_equal(first, crops(images))
     order = jnp.array([5, 2, 7])
-    np.testing.assert_array_equal(first[order], crops(images[order], RECORDS[order]))
+    assert_same_views(crops(images[order], RECORDS[order]), first[order])
     for other in (crops(images, epoch=1), crops(images, seed=jax.random.key(4)), crops(images, RECORDS[::-1])):
         assert all(np.any(a != b) for a, b in zip(first, other, strict=True))
 
@@ -126,7 +133,7 @@ def test_same_views_on_one_and_on_eight_devices():
         records = jax.device_put(RECORDS, mesh.sharding(grid, "batch"))
         out = quick_jit(lambda x, r: views.random_resized_crop(x, views.row_keys(SEED, r, 0)))(sharded, records)
         assert jax.typeof(out).sharding.spec == mesh.spec("batch", *[None] * 4)
-    np.testing.assert_array_equal(out, expected)
+    assert_same_views(out, expected)
 
 
 def test_a_picture_in_the_corner_of_its_canvas_is_cropped_as_it_is_alone():
