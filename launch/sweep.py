@@ -1,12 +1,13 @@
-"""Expands a sweep into runs: prints one command per run, or runs them one after another.
+"""Expands a sweep into runs: prints one command per run, or runs them.
 
     python launch/sweep.py --config configs/sweeps/beta.py                # prints
-    python launch/sweep.py --config configs/sweeps/beta.py --run          # runs
+    python launch/sweep.py --config configs/sweeps/beta.py --run          # runs, one after another; --jobs 2: two at a time
 
 A sweep file holds `base`, the path of a config file relative to the sweep file, and `sweep()`, which yields mappings of dotted config
 keys to values. A run's directory is named after its overrides alone, so that a sweep can grow and be run again: finished runs stay.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -15,6 +16,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from mmalign_jax import config as settings
 from mmalign_jax.errors import UserError
 
 TRAIN = Path(__file__).resolve().with_name("train.py")
+_POLL_S = 0.2
 _SLUG_LENGTH = 80  # with the hash below the 255 bytes that file systems allow
 
 
@@ -78,30 +81,42 @@ def run_name(overrides: Mapping[str, Any]) -> str:
     return f"{slug}-{hashlib.sha256(canonical.encode()).hexdigest()[:10]}"
 
 
-def execute(names: Sequence[str], commands: Sequence[Sequence[str]], keep_going: bool) -> int:
-    """Runs the commands one after another and prints a summary. Returns 0 when all ended with 0, else 1."""
-    outcome = {name: "not run" for name in names}
-    for number, (name, command) in enumerate(zip(names, commands, strict=True), 1):
-        print(f"[{number}/{len(names)}] {shlex.join(command)}", flush=True)
-        code, interrupted = _run(command)
-        outcome[name] = "interrupted" if interrupted else "ok" if code == 0 else f"failed with exit code {code}"
-        if interrupted or (code and not keep_going):
-            break
+def execute(runs: Sequence[tuple[str, Sequence[str]]], root: Path, keep_going: bool, jobs: int = 1) -> int:
+    """Runs (name, command), at most `jobs` at a time, and prints a summary. Returns 0 when all ended with 0, else 1.
+
+    One at a time they write to this terminal; several would write over each other, so each writes to `output.txt` in its own directory.
+    After Ctrl-C, and without `keep_going` after a failure, nothing new starts; what runs is waited for: it gets the signal too, and saves.
+    """
+    waiting, running = collections.deque(runs), {}
+    outcome, interrupted, stopping = {name: "not run" for name, _ in runs}, set(), False
+    while running or (waiting and not stopping):
+        try:
+            while waiting and len(running) < jobs and not stopping:
+                name, command = waiting.popleft()
+                running[name] = _start(command, root / name / "output.txt" if jobs > 1 else None)
+                print(f"[{len(runs) - len(waiting)}/{len(runs)}] {shlex.join(command)}", flush=True)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                code = running.pop(name).returncode
+                stopped = code == cli.INTERRUPTED or name in interrupted
+                outcome[name] = "interrupted" if stopped else "ok" if code == 0 else f"failed with exit code {code}"
+                stopping |= stopped or (code != 0 and not keep_going)
+            time.sleep(_POLL_S)
+        except KeyboardInterrupt:
+            stopping = True
+            interrupted |= running.keys()
+            print("waiting for what runs to save", file=sys.stderr, flush=True)
     print("\nSweep:")
     for name, state in outcome.items():
         print(f"  {name}: {state}")
     return int(any(state != "ok" for state in outcome.values()))
 
 
-def _run(command: Sequence[str]) -> tuple[int, bool]:
-    """The command's exit code, and whether Ctrl-C was pressed: the command gets the signal too, and is given the time to save."""
-    interrupted = False
-    process = subprocess.Popen(command)
-    while True:
-        try:
-            return process.wait(), interrupted or process.returncode == cli.INTERRUPTED
-        except KeyboardInterrupt:
-            interrupted = True
+def _start(command: Sequence[str], log: Path | None) -> subprocess.Popen:
+    if log is None:
+        return subprocess.Popen(command)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:  # a run that goes on adds to what it said before
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
 
 def _short(path: Path) -> str:
@@ -117,7 +132,7 @@ def main() -> int:
     root = options.workdir or Path("runs") / "sweeps" / Path(options.config).stem
     runs = expand(options.config, root)
     if options.run:
-        return execute([run.name for run in runs], [run.argv(sys.executable) for run in runs], options.keep_going)
+        return execute([(run.name, run.argv(sys.executable)) for run in runs], Path(root), options.keep_going, options.jobs)
     for run in runs:
         print(shlex.join(run.argv("python")))
     return 0
@@ -126,6 +141,7 @@ def main() -> int:
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "sweep file")
     flags.DEFINE_string("workdir", None, "directory that receives one directory a run; runs/sweeps/NAME when not given")
-    flags.DEFINE_bool("run", False, "run the commands one after another; stop at the first that fails")
+    flags.DEFINE_bool("run", False, "run the commands; stop at the first that fails")
     flags.DEFINE_bool("keep_going", False, "with --run: go on after a run that fails")
+    flags.DEFINE_integer("jobs", 1, "with --run: so many at a time, where a machine holds several", lower_bound=1)
     cli.run_plain(main)

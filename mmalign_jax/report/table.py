@@ -8,43 +8,48 @@ from pathlib import Path
 from mmalign_jax.errors import UserError
 from mmalign_jax.files import read_json
 
+BEFORE = "before training"
+
 
 @dataclasses.dataclass(frozen=True)
 class RunScores:
-    """What one run measured after training: score by (group, name). `label` names its method, `seed` tells its repetitions apart."""
+    """What one run measured: score by (group, name). `label` names its method, `seed` tells its repetitions apart."""
 
     label: str
     seed: int
     scores: Mapping[tuple[str, str], float]
+    steps: int | None = None  # None: before training
+    rows: int | None = None  # of one step
 
 
 def read_runs(root: Path) -> tuple[RunScores, ...]:
-    """The finished runs under a directory.
+    """The finished runs under a directory, and first what those measured before training that did (`eval.before`).
 
     Raises:
       UserError: there are none.
     """
-    runs = []
+    before, after = [], []
     for file in sorted(root.glob("*/summary.json")):
-        config = read_json(file.parent / "config.json")
-        rows = read_json(file)["scores"]
-        scores = {(row["group"], row["name"]): row["after"]["value"] for row in rows if row["after"]}
-        runs.append(RunScores(label_of(config), config["train"]["seed"], scores))
-    if not runs:
+        config, summary = read_json(file.parent / "config.json"), read_json(file)
+        seed, rows = config["train"]["seed"], summary["scores"]
+        if any(row["before"] for row in rows):
+            before.append(RunScores(BEFORE, seed, _values(rows, "before")))
+        after.append(RunScores(label_of(config), seed, _values(rows, "after"), summary["steps"], config["train"]["batch_size"]))
+    if not after:
         raise UserError(f"{root}: no finished run (no */summary.json)")
-    return tuple(runs)
+    return (*before, *after)
+
+
+def _values(rows: Sequence[Mapping], when: str) -> dict[tuple[str, str], float]:
+    return {(row["group"], row["name"]): row[when]["value"] for row in rows if row[when]}
 
 
 def label_of(config: Mapping) -> str:
-    """A method in words: objective, likelihood term, how its pairs are made."""
+    """A method as its config says it: objective, what is not its default, how its pairs are made."""
     objective, pairs = config["objective"], config["pairs"]
-    label = objective["name"].upper() if objective["name"] != "simpo" else "SimPO"
-    label = {"MDPO": "mDPO", "SFT": "SFT on the chosen answers"}.get(label, label)
-    if objective.get("nll_weight"):
-        label += f" + {objective['nll_weight']:g} NLL"
-    given = {key: value for key, value in objective.items() if key not in ("name", "nll_weight") and value is not None}
+    given = {key: value for key, value in objective.items() if key != "name" and value is not None}
     others = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in given.items()]
-    label += f" ({', '.join(others)})" if others else ""
+    label = objective["name"] + (f" ({', '.join(others)})" if others else "")
     if pairs["per_sentence"]:
         label += ", per-sentence pairs"
     if pairs["when"] == "online":
@@ -59,13 +64,21 @@ def markdown(runs: Sequence[RunScores], group: str, names: Sequence[str], percen
       group: heading of the scores in `summary.json`.
       names: the scores to show, in order; those in `percent` are fractions, shown times 100.
     """
-    lines = ["| method | seeds | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    lines = ["| method | steps x rows | seeds | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
     for label in dict.fromkeys(run.label for run in runs):
         mine = [run for run in runs if run.label == label]
         cells = []
         for name in names:
             scale = 100 if name in percent else 1
             values = [scale * run.scores[group, name] for run in mine if (group, name) in run.scores]
-            cells.append(f"{statistics.mean(values):.1f} [{min(values):.1f}, {max(values):.1f}]" if values else "-")
-        lines.append(f"| {label} | {len(mine)} | " + " | ".join(cells) + " |")
+            cells.append(_cell(values))
+        work = ", ".join(dict.fromkeys(f"{run.steps} x {run.rows}" for run in mine if run.steps is not None)) or "-"
+        lines.append(f"| {label} | {work} | {len(mine)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} [{min(values):.1f}, {max(values):.1f}]"

@@ -80,12 +80,27 @@ def test_the_example_is_a_valid_sweep(sweep):
 
 
 @pytest.mark.parametrize(("keep_going", "last"), [(False, "not run"), (True, "ok")])
-def test_execute_stops_at_the_first_failure_or_goes_on(sweep, capfd, keep_going, last):
-    commands = [[sys.executable, "-c", f"raise SystemExit({code})"] for code in (0, 3, 0)]
-    assert sweep.execute(["a", "b", "c"], commands, keep_going) == 1
+def test_execute_stops_at_the_first_failure_or_goes_on(sweep, capfd, tmp_path, keep_going, last):
+    runs = [(name, [sys.executable, "-c", f"raise SystemExit({code})"]) for name, code in zip("abc", (0, 3, 0), strict=True)]
+    assert sweep.execute(runs, tmp_path, keep_going) == 1
     summary = capfd.readouterr().out.split("Sweep:\n")[1].splitlines()
     assert summary == [f"  {name}: {state}" for name, state in zip("abc", ["ok", "failed with exit code 3", last], strict=True)]
-    assert sweep.execute(["a"], commands[:1], keep_going) == 0
+    assert sweep.execute(runs[:1], tmp_path, keep_going) == 0
+
+
+def test_two_at_a_time_write_to_files_of_their_own(sweep, capfd, tmp_path):
+    """The first two end only when both have started; the third must not start before one of them has ended."""
+    meets = (
+        "import pathlib, sys, time; me, other = map(pathlib.Path, sys.argv[1:]); me.touch()\n"
+        "while not other.exists(): time.sleep(0.01)\nprint('met', me.name); me.with_suffix('.done').touch()"
+    )
+    pair = [str(tmp_path / name) for name in ("first", "second")]
+    last = "import pathlib, sys; print(any(pathlib.Path(sys.argv[1]).glob('*.done')))"
+    python = [sys.executable, "-c"]
+    runs = [("a", [*python, meets, *pair]), ("b", [*python, meets, *pair[::-1]]), ("c", [*python, last, str(tmp_path)])]
+    assert sweep.execute(runs, tmp_path, False, jobs=2) == 0
+    assert [(tmp_path / name / "output.txt").read_text() for name in "abc"] == ["met first\n", "met second\n", "True\n"]
+    assert "met first" not in capfd.readouterr().out
 
 
 def test_ctrl_c_lets_the_run_save_and_stops_the_sweep(tmp_path):
@@ -98,7 +113,7 @@ def test_ctrl_c_lets_the_run_save_and_stops_the_sweep(tmp_path):
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import importlib.util, sys\nspec = importlib.util.spec_from_file_location('launch_sweep', sys.argv[1])\n"
         "module = importlib.util.module_from_spec(spec); sys.modules['launch_sweep'] = module; spec.loader.exec_module(module)\n"
-        f"sys.exit(module.execute(['a', 'b'], [[sys.executable, '-c', {saves!r}, name] for name in 'ab'], True))"
+        f"sys.exit(module.execute([(name, [sys.executable, '-c', {saves!r}, name]) for name in 'ab'], None, True))"
     )
     arguments = [sys.executable, "-c", body, str(SCRIPT)]
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True)
