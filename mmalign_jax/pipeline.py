@@ -166,6 +166,8 @@ class _Run:
             return self._with_auxiliary(OnlineBatches(records, p.processor, sampler, plan, layout, c.train)), plan
         plan = plan_rows(records, p.processor, c.data, answers=self.objective.answers, mark_changes=Need.CHANGED in self.objective.needs)
         self._preflight(records, plan)
+        if Need.MARGIN in self.objective.needs and not any(records[index].prefs[pref].margin for index, pref in plan.items.tolist()):
+            raise UserError(f"config.objective.name: {self.objective.name} goes by the pairs' margins, and in this data set all are 0")
         extras: list[Extra] = []
         if self.loss.view is not None and "other_images" in self.loss.view.needs:
             extras.append(OtherImages(records, p.processor, plan))

@@ -94,7 +94,12 @@ class Response:
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """Response `win` is preferred to response `lose` (indices into the record's responses)."""
+    """Response `win` is preferred to response `lose` (indices into the record's responses).
+
+    Args:
+      weight: of the pair in the loss.
+      margin: by how much it is better, in the units of whoever judged; 0 where nobody did.
+    """
 
     win: int
     lose: int

@@ -93,6 +93,11 @@ class Outcome:
         """Whether the rejected answer can be trained on, and says anything else than the reference."""
         return not self.problem and self.rejected.split() != self.reference.text.split()
 
+    @property
+    def preference(self) -> Preference:
+        """The reference over the rejected answer, by a margin of how unlike they are."""
+        return Preference(0, 1, margin=1.0 - self.similarity)
+
 
 class BdhsSampler:
     """Makes rejected answers for records with a reference answer (see `reference_of`).
@@ -236,7 +241,7 @@ def to_records(outcome: Outcome, config: PairsConfig) -> list[PreferenceRecord]:
         return []
     record, reference = outcome.record, outcome.reference
     meta = {**record.meta, "bdhs": _draws(outcome, config)}
-    changes = {"prefs": (Preference(0, 1),), "meta": meta}
+    changes = {"prefs": (outcome.preference,), "meta": meta}
     if not config.per_sentence or outcome.sentences is None:
         return [dataclasses.replace(record, responses=(reference, Response(outcome.rejected, source="bdhs")), **changes)]
     spans, out = split_sentences(reference.text), []

@@ -12,9 +12,7 @@ from mmalign_jax.data.layout import RowLayout, RowProcessor, lay_out, misfit, st
 from mmalign_jax.data.plan import Records, RowPlan
 from mmalign_jax.errors import UserError
 from mmalign_jax.pairs.bdhs import BdhsSampler, Outcome
-from mmalign_jax.types import PairBatch, Preference, PreferenceRecord, Response
-
-_PAIR = Preference(0, 1)
+from mmalign_jax.types import PairBatch, PreferenceRecord, Response
 
 
 class OnlineBatches:
@@ -51,7 +49,7 @@ class OnlineBatches:
         too_long = [not outcome.problem and not self._fits(outcome) for outcome in outcomes]
         changed = [outcome.changed and not long for outcome, long in zip(outcomes, too_long, strict=True)]
         texts = [one.rejected if kept else one.reference.text for one, kept in zip(outcomes, changed, strict=True)]
-        rows = [lay_out(_pair(one, text), _PAIR, self._processor, self._layout) for one, text in zip(outcomes, texts, strict=True)]
+        rows = [lay_out(_pair(one, text), one.preference, self._processor, self._layout) for one, text in zip(outcomes, texts, strict=True)]
         self._step += 1
         lead = (self._config.accumulate, size // self._config.accumulate)
         batch = jax.tree.map(lambda array: array.reshape(*lead, *array.shape[1:]), stack_rows(rows, self._layout))
@@ -80,9 +78,9 @@ class OnlineBatches:
         self._step = state["online_step"]
 
     def _fits(self, outcome: Outcome) -> bool:
-        return not misfit(tokenize(_pair(outcome, outcome.rejected), _PAIR, self._processor, 2).size, self._layout)
+        return not misfit(tokenize(_pair(outcome, outcome.rejected), outcome.preference, self._processor, 2).size, self._layout)
 
 
 def _pair(outcome: Outcome, rejected: str) -> PreferenceRecord:
     answers = (outcome.reference, Response(rejected, source="bdhs"))
-    return dataclasses.replace(outcome.record, responses=answers, prefs=(_PAIR,))
+    return dataclasses.replace(outcome.record, responses=answers, prefs=(outcome.preference,))

@@ -82,6 +82,12 @@ def test_the_command_says_it_in_one_line(model, tmp_path):
     assert line.startswith(f"error: {file}, row 2 (idx 2): the image is truncated or corrupt") and line.rstrip().endswith("remove the row.")
 
 
+def test_an_objective_that_goes_by_margins_wants_some(model, tmp_path):
+    file = table(tmp_path / "set.parquet")
+    with pytest.raises(UserError, match=r"config\.objective\.name: mm_dpo goes by the pairs' margins, and in this data set all are 0"):
+        pipeline.run(settings(model, file, **{"objective.name": "mm_dpo"}), tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [

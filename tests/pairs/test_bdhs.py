@@ -196,7 +196,7 @@ def test_whole_pairs(tiny, sampler_of, outcomes):
     assert [one.id for one in made] == [one.record.id for one in outcomes if one.changed]
     for pair in made:
         source = next(one for one in build() if one.id == pair.id)
-        assert pair.responses[0] == source.responses[0] and pair.prefs == (Preference(0, 1),)
+        assert pair.responses[0] == source.responses[0] and pair.prefs == (Preference(0, 1, margin=1 - pair.meta["bdhs"]["similarity"]),)
         assert (pair.media, pair.turns, pair.prefix, pair.complete) == (source.media, source.turns, "", True)
         valid(pair, tiny)
     assert statistics.unfinished == sum(one.unfinished for one in outcomes) > 0

@@ -58,7 +58,8 @@ def test_rows_of_a_batch(make):
     chosen = [by_key[int(key)] for key in keys]
     assert len(set(keys[:3].tolist())) == 3  # one epoch
     for number, (one, outcome) in enumerate(zip(chosen, make.sampler(make.params, chosen, draw=0), strict=True)):
-        pair = dataclasses.replace(one, responses=(one.responses[0], Response(outcome.rejected)), prefs=(Preference(0, 1),))
+        preference = Preference(0, 1, margin=1 - outcome.similarity)
+        pair = dataclasses.replace(one, responses=(one.responses[0], Response(outcome.rejected)), prefs=(preference,))
         for name, value in lay_out(pair, pair.prefs[0], make.processor, layout).items():
             np.testing.assert_array_equal(getattr(batch, name)[number // 2, number % 2], value)
     assert metrics["bdhs/changed"] == 1.0 and metrics["bdhs/too_long"] == metrics["bdhs/unusable"] == 0.0

@@ -4,7 +4,8 @@ Rules (as in TRL, so that a set trains on the same prompts here and there):
 * a turn whose content is a plain string: when no turn names an image or video, all go in front of the first user turn, images first;
 * typed content: as many image parts as images, as many video parts as videos;
 * `<image>` or `<video>` inside a text counts as such a part;
-* no column `prompt`: the prompt is the longest common start of chosen and rejected.
+* no column `prompt`: the prompt is the longest common start of chosen and rejected;
+* `score_chosen` and `score_rejected` are the answers' scores; `margin`, or else their difference, is the pair's margin.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from mmalign_jax.data.validate import ROLES, TAGS
 from mmalign_jax.errors import DataError
 from mmalign_jax.types import Preference, PreferenceRecord, Response
 
-COLUMNS = ("prompt", "chosen", "rejected", "images", "image", "videos", "video", "fps", "id", "idx")
+COLUMNS = ("prompt", "chosen", "rejected", "images", "image", "videos", "video", "fps", "id", "idx", "margin", "score_chosen", "score_rejected")
 REQUIRED = ("chosen", "rejected")
 _SHAPE = "Write messages as [{role, content}], content a string or a list of text, image and video parts."
 
@@ -43,7 +44,7 @@ def read(path: str, config: DataConfig) -> Source:
             else:
                 yield from _single.each(_single.numbered_rows([file], root, COLUMNS, REQUIRED), make)
 
-    return Source(path, fingerprint("trl 2", files), rows, side_files)
+    return Source(path, fingerprint("trl 3", files), rows, side_files)
 
 
 def _jsonl(file: Path, root: Path, make) -> Iterator[PreferenceRecord | BadRow]:
@@ -74,7 +75,11 @@ def _record(record_id: str, row: dict, media: MediaReader, max_frames: int, plac
         if prompt and len(prompt) == len(chosen) == len(rejected):
             raise place.bad("equal_answers", "chosen and rejected are the same conversation", "Remove the row.")
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    responses = tuple(Response(_answer(turns, name, place), source=name) for name, turns in zip(REQUIRED, (chosen, rejected), strict=True))
+    scores = [_number(row, f"score_{name}", place) for name in REQUIRED]
+    answers = zip(REQUIRED, (chosen, rejected), scores, strict=True)
+    responses = tuple(Response(_answer(turns, name, place), source=name, score=score) for name, turns, score in answers)
+    if (margin := _number(row, "margin", place)) is None:
+        margin = 0.0 if None in scores else scores[0] - scores[1]
     images = tuple(media.read(cell, place) for cell in _cells(row, "image", place))
     videos = read_videos(_cells(row, "video", place), row.get("fps"), media, max_frames, place)
     counts = {"image": len(images), "video": len(videos)}
@@ -83,9 +88,18 @@ def _record(record_id: str, row: dict, media: MediaReader, max_frames: int, plac
         media=images + videos,
         turns=close(prompt, counts, media_first=not any(turn.typed for turn in prompt), place=place),
         responses=responses,
-        prefs=(Preference(0, 1),),
+        prefs=(Preference(0, 1, margin=margin),),
         meta={"file": place.file, "row": place.row} | {key: str(row[key]) for key in ("id", "idx") if row.get(key) is not None},
     )
+
+
+def _number(row: dict, name: str, place: Place) -> float | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise place.bad("malformed_row", f"{name} is {value!r}, no number", "Write a number, or leave the column out.")
+    return float(value)
 
 
 def _cells(row: dict, kind: str, place: Place) -> list:
