@@ -20,7 +20,7 @@ from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.report.console import Console
 from mmalign_jax.types import PreferenceRecord
 
-VERSION = 1  # raised whenever the same model, records and settings make other pairs than before
+VERSION = 2  # raised whenever the same model, records and settings make other pairs than before
 _NO_MATTER = ("maker", "when", "batch_size")  # settings of config.pairs on which no pair depends
 _MATTER = ("on_long_row", "prefix_tokens", "answer_tokens")  # settings of config.data that say which records give pairs
 _SMALL_FILES = (".json", ".jinja", ".txt", ".model")  # of a model: sizes, tokenizer, template, processor
