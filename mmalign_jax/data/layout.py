@@ -168,11 +168,34 @@ def lay_out(
       DataError: the row does not fit into the layout, or see `tokenize` and `decode_image`.
     """
     row = row or tokenize(record, pref, processor, layout.answers, max_pixels=layout.max_pixels, max_bytes=layout.max_bytes)
+    return lay_out_tokens(record, pref, processor, layout, row) | lay_out_pictures(record, processor, layout, row)
+
+
+def lay_out_pictures(record: PreferenceRecord, processor: RowProcessor, layout: RowLayout, row: RowTokens) -> dict[str, Any]:
+    """The part of `lay_out` that the vision tower reads: `images`, and `patches` where it takes pictures of any size."""
+    extra: dict[str, Any] = {}
+    if layout.patch_slots:
+        sizes = {"slots": layout.patch_slots, "tiles": layout.images, "canvas": layout.canvas}
+        extra["patches"] = media_lib.patches(row.expansions, processor.traits, **sizes)
+    limits = {"max_pixels": layout.max_pixels, "max_bytes": layout.max_bytes}
+    media = [record.media[index] for index in row.media]
+    place, sizes = place_of(record), {"tiles": layout.images, "canvas": layout.canvas}
+    return {"images": media_lib.pixels(media, row.expansions, processor.pictures, place, **sizes, **limits), **extra}
+
+
+def lay_out_tokens(
+    record: PreferenceRecord, pref: Preference | None, processor: RowProcessor, layout: RowLayout, row: RowTokens
+) -> dict[str, Any]:
+    """The part of `lay_out` that the decoder reads; no picture is decoded.
+
+    Raises:
+      DataError: the row does not fit into the layout.
+    """
     if len(row.answers) != layout.answers:
         raise ValueError(f"tokens of {len(row.answers)} answers for a layout of {layout.answers}")
-    place = place_of(record)
     if problem := misfit(row.size, layout):
-        raise place.bad("malformed_row", problem, "Raise config.data.prefix_tokens or answer_tokens, or set config.data.on_long_row.")
+        mend = "Raise config.data.prefix_tokens or answer_tokens, or set config.data.on_long_row."
+        raise place_of(record).bad("malformed_row", problem, mend)
     n, slots = len(row.prefix), layout.tokens
     tokens, role = np.zeros(slots, np.int32), np.full(slots, PAD, np.int8)
     positions, weight = np.zeros(slots, np.int32), np.zeros(slots, np.float32)
@@ -193,17 +216,12 @@ def lay_out(
         for k, marks in enumerate(changes.replaced(*(ids for ids, _ in row.answers))):
             start = layout.prefix_slots + k * layout.answer_slots
             changed[start : start + layout.answer_slots][: len(marks)] = marks[: layout.answer_slots]
-    if layout.patch_slots:
-        extra["patches"] = media_lib.patches(row.expansions, traits, slots=layout.patch_slots, tiles=layout.images, canvas=layout.canvas)
     if traits.mrope:
         extra["mrope"] = _mrope(is_image, row.expansions, positions, layout.prefix_slots)
-    limits = {"max_pixels": layout.max_pixels, "max_bytes": layout.max_bytes}
-    media = [record.media[index] for index in row.media]
     return {
         "tokens": tokens,
         "role": role,
         "positions": positions,
-        "images": media_lib.pixels(media, row.expansions, processor.pictures, place, tiles=layout.images, canvas=layout.canvas, **limits),
         "image_index": image_index,
         "token_weight": weight,
         "record_key": np.uint32(record_key(record.id)),

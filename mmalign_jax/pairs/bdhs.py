@@ -17,8 +17,8 @@ cannot read back as an answer (nothing at all, a special token in letters) is no
 draw, iteration, sentence) alone.
 """
 
-import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -26,13 +26,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import PairsConfig
-from mmalign_jax.data.layout import RowLayout
+from mmalign_jax.data.layout import RowLayout, RowTokens, tokenize
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.mllm import Mllm
-from mmalign_jax.pairs.masked_decode import Job, MaskedDecoder
-from mmalign_jax.pairs.sentences import split_sentences
+from mmalign_jax.pairs.masked_decode import FeaturePool, Job, MaskedDecoder
 from mmalign_jax.pairs.similarity import MEASURES
 from mmalign_jax.pairs.splits import Reference, Split, draw_split
 from mmalign_jax.sampling import DecodeOptions
@@ -99,8 +99,24 @@ class Outcome:
         return Preference(0, 1, margin=1.0 - self.similarity)
 
 
+@dataclasses.dataclass(eq=False)
+class _Work:
+    """A record on its way through the iterations. `contexts` are those that its next guided attempt reads."""
+
+    order: int
+    record: PreferenceRecord
+    reference: Reference
+    prompt: RowTokens
+    place: int = -1
+    iteration: int = 1
+    plan: Sequence[Split] = ()
+    contexts: Sequence[str] = ()
+
+
 class BdhsSampler:
     """Makes rejected answers for records with a reference answer (see `reference_of`).
+
+    Device batches stay full: a record that is done makes room for the next one, whatever iterations the others are in.
 
     Args:
       model, processor, mesh: of the policy.
@@ -116,7 +132,7 @@ class BdhsSampler:
         if layout.answers != 1:
             raise ValueError("BDHS reads rows with one answer")
         check_one_process()
-        self._processor, self._config, self._lanes = processor, config, lanes
+        self._processor, self._config, self._lanes, self._layout = processor, config, lanes, layout
         self._similarity = MEASURES[config.similarity]
         self._stop = processor.answer(".").ids[:-1]
         shared = {"temperature": config.temperature, "top_p": config.top_p, "banned_ids": processor.banned_ids}
@@ -124,11 +140,14 @@ class BdhsSampler:
         whole = DecodeOptions(layout.answer_slots, stop_ids=processor.eos_ids, **shared)
         context = dataclasses.replace(layout, answer_slots=layout.answer_slots + _SWAP_SLOTS, shorten_answers=False)
         prompt = dataclasses.replace(layout, answers=0)
-        self._guided = MaskedDecoder(model, processor, mesh, context, lanes, sentence, config.rho_th, config.batch_size)
-        self._unguided = MaskedDecoder(model, processor, mesh, prompt, 1, whole, config.rho_th, config.batch_size)
+        divisor = mesh_lib.batch_divisor(mesh)
+        self._rows = -(-config.batch_size // divisor) * divisor
+        self._guided = MaskedDecoder(model, processor, mesh, context, lanes, sentence, config.rho_th, self._rows)
+        self._unguided = MaskedDecoder(model, processor, mesh, prompt, 1, whole, config.rho_th, self._rows)
+        self._new_pool = functools.partial(FeaturePool, model, processor, mesh, layout, self._rows)
 
-    def __call__(self, params: dict, records: Sequence[PreferenceRecord], draw: int = 0) -> list[Outcome]:
-        """One outcome a record, in order.
+    def __call__(self, params: dict, records: Iterable[PreferenceRecord], draw: int = 0) -> Iterator[Outcome]:
+        """One outcome a record, in order. A few batches of records are held at a time, and no outcome depends on the others.
 
         Args:
           params: the policy's whole tree.
@@ -137,65 +156,85 @@ class BdhsSampler:
         Raises:
           UserError: a record without a reference answer, one with more sentences than there are lanes, or one that does not fit.
         """
-        references = [self._read(record) for record in records]
-        outcomes: dict[int, Outcome] = {}
-        last = self._config.n_iter
-        for iteration in range(1, last + 1):
-            waiting = [index for index in range(len(records)) if index not in outcomes]
-            attempt = self._attempt_unguided if iteration == last > 1 else self._attempt_guided
-            made = attempt(params, [records[index] for index in waiting], [references[index] for index in waiting], draw, iteration)
-            outcomes |= {index: one for index, one in zip(waiting, made, strict=True) if one.accepted or iteration == last}
-        return [outcomes[index] for index in range(len(records))]
+        pool, works = self._new_pool(), self._works(records, draw)
+        active: list[_Work] = []
+        done: dict[int, Outcome] = {}
+        given, upcoming = 0, next(works, None)
+        while active or upcoming is not None:
+            free = sorted(set(range(self._rows)) - {work.place for work in active})
+            rows = sum(len(work.contexts) for work in active)
+            admitted: list[_Work] = []
+            while upcoming is not None and free and (not rows or rows + len(upcoming.contexts) <= self._rows):
+                upcoming.place, rows = free.pop(0), rows + len(upcoming.contexts)
+                admitted.append(upcoming)
+                upcoming = next(works, None)
+            pool.put(params, {work.place: (work.record, work.prompt) for work in admitted})
+            active += admitted
+            guided = [work for work in active if work.contexts]
+            unguided = [work for work in active if not work.contexts]
+            attempts = self._attempt_guided(params, pool, guided, draw) if guided else iter(())
+            # an unguided attempt is long: it waits until it is not alone, but not for long
+            oldest = min(work.order for work in active)
+            if len(unguided) > self._rows // 4 or not guided or max(work.order for work in active) - oldest > 4 * self._rows:
+                attempts = itertools.chain(attempts, self._attempt_unguided(params, pool, unguided, draw))
+            for work, outcome in list(attempts):
+                if outcome.accepted or work.iteration == self._config.n_iter:
+                    done[work.order] = outcome
+                    active.remove(work)
+                else:
+                    work.iteration += 1
+                    self._plan(work, draw)
+            while given in done:
+                yield done.pop(given)
+                given += 1
 
-    def _read(self, record: PreferenceRecord) -> Reference:
-        reference = Reference.read(reference_of(record).text, self._processor)
-        if len(reference.spans) > self._lanes:
-            raise UserError(f"record {record.id}: the reference has {len(reference.spans)} sentences, there are {self._lanes} lanes")
-        return reference
+    def _works(self, records: Iterable[PreferenceRecord], draw: int) -> Iterator[_Work]:
+        limits = {"max_pixels": self._layout.max_pixels, "max_bytes": self._layout.max_bytes}
+        for order, record in enumerate(records):
+            reference = Reference.read(reference_of(record).text, self._processor)
+            if len(reference.spans) > self._lanes:
+                raise UserError(f"record {record.id}: the reference has {len(reference.spans)} sentences, there are {self._lanes} lanes")
+            work = _Work(order, record, reference, tokenize(record, None, self._processor, 0, **limits))
+            self._plan(work, draw)
+            yield work
 
-    def _attempt_guided(
-        self, params: dict, records: list[PreferenceRecord], references: list[Reference], draw: int, iteration: int
-    ) -> Iterator[Outcome]:
-        """Completes every sentence from a split of its own. A swapped yes or no needs a row with that context."""
-        config, jobs, owners, plans = self._config, [], [], []
-        for owner, (record, reference) in enumerate(zip(records, references, strict=True)):
-            randoms = (_generator(config.seed, record, draw, iteration, number) for number in range(len(reference.spans)))
-            plan = [draw_split(reference, number, config.yes_no_swap, random, self._processor) for number, random in enumerate(randoms)]
-            plans.append(plan)
-            contexts = dict.fromkeys(split.context for split in plan if split.tokens is not None)
-            for context in contexts:
-                lanes = {split.sentence: len(split.tokens) for split in plan if split.context == context and split.tokens is not None}
-                jobs.append(Job(dataclasses.replace(record, responses=(Response(context),), prefs=()), lanes))
+    def _plan(self, work: _Work, draw: int) -> None:
+        """Splits every sentence for the work's iteration; the last of several has no guidance, and no contexts."""
+        config, work.plan, work.contexts = self._config, (), ()
+        if work.iteration == config.n_iter > 1:
+            return
+        randoms = (_generator(config.seed, work.record, draw, work.iteration, number) for number in range(len(work.reference.spans)))
+        splits = (draw_split(work.reference, number, config.yes_no_swap, one, self._processor) for number, one in enumerate(randoms))
+        work.plan = list(splits)
+        # a swapped yes or no needs a row with that context; a reference of which nothing is left to write still is a row
+        work.contexts = list(dict.fromkeys(split.context for split in work.plan if split.tokens is not None)) or [work.reference.text]
+
+    def _attempt_guided(self, params: dict, pool: FeaturePool, works: list[_Work], draw: int) -> Iterator[tuple[_Work, Outcome]]:
+        """Completes every sentence from its split."""
+        jobs, owners = [], []
+        for owner, work in enumerate(works):
+            for context in work.contexts:
+                written = (split for split in work.plan if split.context == context and split.tokens is not None)
+                lanes = {split.sentence: len(split.tokens) for split in written}
+                row = dataclasses.replace(work.prompt, answers=(self._processor.answer_ids(context),))
+                jobs.append(Job(work.record, row, work.place, self._number(draw, work.iteration), lanes))
                 owners.append(owner)
-        written: list[dict] = [{} for _ in records]
-        for owner, lanes in zip(owners, self._guided(params, jobs, config.seed, self._number(draw, iteration)), strict=True):
-            written[owner] |= lanes
-        for record, reference, plan, lanes in zip(records, references, plans, written, strict=True):
-            texts = [split.join(self._text_behind(lanes[split.sentence].tokens) if split.sentence in lanes else "") for split in plan]
+        lanes_of: list[dict] = [{} for _ in works]
+        for owner, lanes in zip(owners, self._guided(params, pool.features, jobs, self._config.seed), strict=True):
+            lanes_of[owner] |= lanes
+        for work, lanes in zip(works, lanes_of, strict=True):
+            texts = [split.join(self._text_behind(lanes[split.sentence].tokens) if split.sentence in lanes else "") for split in work.plan]
             unfinished = sum(not lane.stopped for lane in lanes.values())
-            yield self._judge(record, reference, "".join(texts), unfinished, draw, iteration, tuple(texts), plan)
+            yield work, self._judge(work, "".join(texts), unfinished, draw, tuple(texts))
 
-    def _attempt_unguided(
-        self, params: dict, records: list[PreferenceRecord], references: list[Reference], draw: int, iteration: int
-    ) -> Iterator[Outcome]:
+    def _attempt_unguided(self, params: dict, pool: FeaturePool, works: list[_Work], draw: int) -> Iterator[tuple[_Work, Outcome]]:
         """Answers the prompt from its beginning."""
-        jobs = [Job(record, {0: 0}) for record in records]
-        written = self._unguided(params, jobs, self._config.seed, self._number(draw, iteration))
-        for record, reference, lanes in zip(records, references, written, strict=True):
-            yield self._judge(record, reference, self._processor.decode(lanes[0].tokens), int(not lanes[0].stopped), draw, iteration)
+        jobs = [Job(work.record, work.prompt, work.place, self._number(draw, work.iteration), {0: 0}) for work in works]
+        for work, lanes in zip(works, self._unguided(params, pool.features, jobs, self._config.seed), strict=True):
+            yield work, self._judge(work, self._processor.decode(lanes[0].tokens), int(not lanes[0].stopped), draw)
 
-    def _judge(
-        self,
-        record: PreferenceRecord,
-        reference: Reference,
-        text: str,
-        unfinished: int,
-        draw: int,
-        iteration: int,
-        sentences: tuple[str, ...] | None = None,
-        plan: Sequence[Split] = (),
-    ) -> Outcome:
-        clean = reference.text
+    def _judge(self, work: _Work, text: str, unfinished: int, draw: int, sentences: tuple[str, ...] | None = None) -> Outcome:
+        clean = work.reference.text
         before, behind = clean[: len(clean) - len(clean.lstrip())], clean[len(clean.rstrip()) :]
         rejected, problem = before + text.strip() + behind, ""
         try:
@@ -204,14 +243,14 @@ class BdhsSampler:
             problem = str(error)
         similarity = self._similarity(rejected, clean)
         return Outcome(
-            record=record,
-            reference=reference_of(record),
+            record=work.record,
+            reference=reference_of(work.record),
             rejected=rejected,
             sentences=sentences,
-            splits=None if sentences is None else tuple(len(split.kept) for split in plan),
-            swapped=tuple(split.sentence for split in plan if split.swapped),
+            splits=None if sentences is None else tuple(len(split.kept) for split in work.plan),
+            swapped=tuple(split.sentence for split in work.plan if split.swapped),
             draw=draw,
-            iteration=iteration,
+            iteration=work.iteration,
             similarity=similarity,
             accepted=similarity < self._config.eps and not problem,
             unfinished=unfinished,
@@ -229,92 +268,3 @@ class BdhsSampler:
 
 def _generator(seed: int, record: PreferenceRecord, draw: int, iteration: int, sentence: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, record_key(record.id), draw, iteration, sentence))))
-
-
-def to_records(outcome: Outcome, config: PairsConfig) -> list[PreferenceRecord]:
-    """The preference records of an outcome, empty when the rejected answer is the reference (it would teach nothing) or unusable.
-
-    With `config.per_sentence` every changed sentence is a pair of its own, behind the clean answer before it: the context in which it was
-    written (arXiv 2507.12455 trains on such pairs). An unguided answer has no such sentences and stays one pair.
-    """
-    if not outcome.changed:
-        return []
-    record, reference = outcome.record, outcome.reference
-    meta = {**record.meta, "bdhs": _draws(outcome, config)}
-    changes = {"prefs": (outcome.preference,), "meta": meta}
-    if not config.per_sentence or outcome.sentences is None:
-        return [dataclasses.replace(record, responses=(reference, Response(outcome.rejected, source="bdhs")), **changes)]
-    spans, out = split_sentences(reference.text), []
-    for number, ((start, end), written) in enumerate(zip(spans, outcome.sentences, strict=True)):
-        before, clean = reference.text[:start], reference.text[start:end]
-        if not written.strip() or written.split() == clean.split():
-            continue
-        # white space at the end of the whole answer is no difference between the two
-        rejected = before + written + clean[len(clean.rstrip()) :]
-        responses = (Response(before + clean, source=reference.source), Response(rejected, source="bdhs"))
-        part = {"id": f"{record.id}/s{number}", "responses": responses, "prefix": before, "complete": end == len(reference.text)}
-        out.append(dataclasses.replace(record, **part, **changes))
-    return out
-
-
-def _draws(outcome: Outcome, config: PairsConfig) -> dict:
-    """What it takes to make the outcome again with the same policy, and how it came out. JSON has all of it."""
-    settings = ("seed", "rho_th", "n_iter", "eps", "temperature", "top_p", "max_sentence_tokens", "yes_no_swap", "similarity")
-    found = ("draw", "iteration", "similarity", "accepted", "unfinished")
-    return {
-        "record": outcome.record.id,  # its draws are made under this name, whatever the pair is called
-        **{name: getattr(outcome, name) for name in found},
-        "guided": outcome.sentences is not None,
-        "splits": None if outcome.splits is None else list(outcome.splits),
-        "swapped": list(outcome.swapped),
-        "settings": {name: getattr(config, name) for name in settings},
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """Counts over records: `records == unchanged + unusable +` those that gave `pairs` (one each, unless pairs are made per sentence).
-
-    Args:
-      unchanged: no pair, because nothing was said that the reference does not say.
-      unusable: no pair, because the tokenizer cannot read the last attempt back.
-      unfinished: lanes that ran out of slots before they ended.
-      by_iteration: iteration -> records that ended there. All that reach the last one end there.
-    """
-
-    records: int = 0
-    pairs: int = 0
-    unchanged: int = 0
-    unusable: int = 0
-    unfinished: int = 0
-    by_iteration: dict[int, int] = dataclasses.field(default_factory=dict)
-
-    def plus(self, outcome: Outcome, pairs: int) -> "Statistics":
-        """With one more record, which gave `pairs` pairs."""
-        iterations = collections.Counter(self.by_iteration) + collections.Counter([outcome.iteration])
-        return Statistics(
-            records=self.records + 1,
-            pairs=self.pairs + pairs,
-            unchanged=self.unchanged + (not pairs and not outcome.problem),
-            unusable=self.unusable + bool(outcome.problem),
-            unfinished=self.unfinished + outcome.unfinished,
-            by_iteration=dict(sorted(iterations.items())),
-        )
-
-
-def make_pairs(
-    sampler: BdhsSampler, params: dict, records: Iterable[PreferenceRecord], config: PairsConfig, chunk: int = 256
-) -> Iterator[tuple[list[PreferenceRecord], Statistics]]:
-    """Yields, after every chunk of records, its preference records and the counts so far.
-
-    Args:
-      chunk: records that are held in memory and whose retries share device batches; no result depends on it.
-    """
-    statistics, records = Statistics(), iter(records)
-    while waiting := list(itertools.islice(records, chunk)):
-        made: list[PreferenceRecord] = []
-        for outcome in sampler(params, waiting):
-            pairs = to_records(outcome, config)
-            statistics = statistics.plus(outcome, len(pairs))
-            made += pairs
-        yield made, statistics

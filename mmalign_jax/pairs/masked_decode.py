@@ -1,32 +1,45 @@
-"""Answers that are written while most image tokens are hidden: the device part of BDHS."""
+"""Answers that are written while most image tokens are hidden: the device part of BDHS.
+
+Images are encoded once a record (`FeaturePool`), whatever number of attempts and contexts it takes. Hidden image tokens are not
+computed at all: a row's prefix shrinks to what is visible of it.
+"""
 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.data.device import to_device
-from mmalign_jax.data.layout import RowLayout, lay_out, stack_rows
+from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out_pictures, lay_out_tokens, stack_rows
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.mllm import Mllm
-from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
-from mmalign_jax.types import PREFIX, PairBatch, PreferenceRecord
+from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, kept_slots, lane_keys, without_hidden
+from mmalign_jax.types import PREFIX, PairBatch, Patches, PreferenceRecord
+
+_NO_PICTURES = np.zeros((0, 1, 1, 3), np.uint8)  # the features are at hand
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A record whose response 0 is the context, and its lanes: lane number -> tokens of the response in front of which it starts.
+    """A row to prefill, and its lanes: lane number -> tokens of the row's answer in front of which it starts.
 
-    A lane's number, not its place among the others, is part of its random key.
+    Args:
+      row: its tokens; the answer, where there is one, is the context.
+      place: of the record's features in the pool.
+      number: of the attempt; with the record's id and a lane's number, what all draws are made from.
     """
 
     record: PreferenceRecord
+    row: RowTokens
+    place: int
+    number: int
     lanes: Mapping[int, int]
 
 
@@ -38,49 +51,81 @@ class Written:
     stopped: bool
 
 
+class FeaturePool:
+    """Image features of the records that are being worked on, on the device; each stays in its place until another takes it.
+
+    Args:
+      layout: of the pictures.
+      places: how many records, a multiple of what the mesh splits.
+    """
+
+    def __init__(self, model: Mllm, processor: Processor, mesh: Mesh, layout: RowLayout, places: int):
+        self._model, self._processor, self._mesh, self._layout, self._places = model, processor, mesh, layout, places
+        divisor = mesh_lib.batch_divisor(mesh)
+        self._step = -(-places // (4 * divisor)) * divisor  # few at a time: mostly it is some that change
+        self._features: Array | None = None
+
+    @property
+    def features(self) -> Float[Array, "N F U"]:
+        if self._features is None:
+            raise ValueError("nothing is encoded yet")
+        return self._features
+
+    def put(self, params: dict, entries: Mapping[int, tuple[PreferenceRecord, RowTokens]]) -> None:
+        """Encodes the pictures of records for places that are free from now on.
+
+        Raises:
+          DataError: a picture cannot be read.
+        """
+        places = sorted(entries)
+        for start in range(0, len(places), self._step):
+            chosen = places[start : start + self._step]
+            rows = [lay_out_pictures(record, self._processor, self._layout, row) for record, row in (entries[place] for place in chosen)]
+            rows += [rows[-1]] * (self._step - len(rows))
+            source = np.full(self._places, -1, np.int32)
+            source[chosen] = np.arange(len(chosen))
+            with jax.set_mesh(self._mesh):
+                pictures: dict[str, Any] = to_device(jax.tree.map(lambda *leaves: np.stack(leaves), *rows), self._mesh, batch_axis=0)
+                new = _encode(self._model, params, pictures["images"], pictures.get("patches"))
+                if self._features is None:
+                    shape = (self._places, *new.shape[1:])
+                    self._features = jnp.zeros(shape, new.dtype, device=mesh_lib.sharding(self._mesh, "batch", None, None))
+                self._features = _replace(self._features, new, to_device(source, self._mesh, batch_axis=0))
+
+
 class MaskedDecoder:
-    """Runs jobs, a device batch at a time. Every batch has the same shape, so it is compiled once.
+    """Runs jobs, a device batch at a time. Batches have few shapes: their prefixes shrink to a few lengths (`_lengths`).
 
     Args:
       layout: of rows with one answer (the context), or with none when all lanes start behind the prompt.
       lanes: S, lane numbers are below it.
       rho_th: probability that an image token is hidden.
-      batch_size: rows of a device batch, rounded up to what the mesh can split.
+      rows: of a device batch, a multiple of what the mesh splits.
     """
 
     def __init__(
-        self,
-        model: Mllm,
-        processor: Processor,
-        mesh: Mesh,
-        layout: RowLayout,
-        lanes: int,
-        options: DecodeOptions,
-        rho_th: float,
-        batch_size: int,
+        self, model: Mllm, processor: Processor, mesh: Mesh, layout: RowLayout, lanes: int, options: DecodeOptions, rho_th: float, rows: int
     ):
         self._model, self._processor, self._mesh, self._layout, self._lanes = model, processor, mesh, layout, lanes
-        self._options, self._rho_th = options, rho_th
-        self._rows = -(-batch_size // mesh_lib.batch_divisor(mesh)) * mesh_lib.batch_divisor(mesh)
+        self._options, self._rho_th, self._rows = options, np.float32(rho_th), rows
 
-    def __call__(self, params: dict, jobs: Sequence[Job], seed: int, number: int) -> list[dict[int, Written]]:
+    def __call__(self, params: dict, features: Float[Array, "N F U"], jobs: Sequence[Job], seed: int) -> list[dict[int, Written]]:
         """What every job's lanes wrote, by lane number.
 
-        Args:
-          seed, number: with the record's id and a lane's number, all that its draws depend on.
-
         Raises:
-          DataError: a job's record does not fit into the layout.
+          DataError: a job's row does not fit into the layout.
         """
         out = []
         for start in range(0, len(jobs), self._rows):
-            out += self._run(params, jobs[start : start + self._rows], seed, number)
+            out += self._run(params, features, jobs[start : start + self._rows], seed)
         return out
 
-    def _run(self, params: dict, jobs: Sequence[Job], seed: int, number: int) -> list[dict[int, Written]]:
-        rows = [lay_out(job.record, None, self._processor, self._layout) for job in jobs]
+    def _run(self, params: dict, features: Array, jobs: Sequence[Job], seed: int) -> list[dict[int, Written]]:
+        rows = [lay_out_tokens(job.record, None, self._processor, self._layout, job.row) | {"images": _NO_PICTURES} for job in jobs]
         slot, active = np.zeros((self._rows, self._lanes), np.int32), np.zeros((self._rows, self._lanes), bool)
+        place, number = np.zeros(self._rows, np.int32), np.zeros(self._rows, np.int32)
         for index, (job, row) in enumerate(zip(jobs, rows, strict=True)):
+            place[index], number[index] = job.place, job.number
             prefix = int(np.sum(row["role"] == PREFIX))
             for lane, kept in job.lanes.items():
                 slot[index, lane] = self._layout.prefix_slots + kept - 1 if kept else prefix - 1
@@ -88,9 +133,13 @@ class MaskedDecoder:
         rows += [rows[-1]] * (self._rows - len(rows))  # they fill the batch and have no active lane
         batch = stack_rows(rows, self._layout)
         with jax.set_mesh(self._mesh):
-            on_device = to_device((batch, LaneStart(slot, active), np.full(self._rows, number, np.int32)), self._mesh, batch_axis=0)
-            key = jax.random.key(seed)
-            samples = jax.device_get(_complete(self._model, self._options, params, *on_device, key, np.float32(self._rho_th)))
+            on_device = to_device((batch, LaneStart(slot, active), place, number), self._mesh, batch_axis=0)
+            batch, start, place, number = on_device
+            mask_key, sample_key = jax.random.split(jax.random.key(seed))
+            visible, most = _visible(batch, mask_key, number, self._rho_th)
+            slots = next(length for length in _lengths(self._layout.prefix_slots) if length >= int(most))
+            complete = functools.partial(_complete, self._model, self._options, slots)
+            samples = jax.device_get(complete(params, features, place, batch, visible, start, number, sample_key))
 
         def written(row: int, lane: int) -> Written:
             return Written(samples.tokens[row, lane, : samples.lengths[row, lane]], bool(samples.stopped[row, lane]))
@@ -98,26 +147,60 @@ class MaskedDecoder:
         return [{lane: written(index, lane) for lane in job.lanes} for index, job in enumerate(jobs)]
 
 
-@functools.partial(jax.jit, static_argnames=("model", "options"))
-def _complete(
-    model: Mllm,
-    options: DecodeOptions,
-    params: dict,
-    batch: PairBatch,
-    start: LaneStart,
-    number: Int[Array, " B"],
-    key: Array,
-    rho_th: Float[Array, ""],
-) -> Samples:
-    """Masked prefill and decode of one device batch: one mask a row, shared by its lanes and steps (arXiv 2407.02477, eq. 6)."""
-    mask_key, sample_key = jax.random.split(key)
-    features = model.encode_images(params, batch.images, batch.patches)
-    row_keys = lane_keys(mask_key, batch.record_key, number, 1)[:, 0]
+def _lengths(slots: int) -> list[int]:
+    """Lengths that a prefix of `slots` slots may shrink to, shortest first: each about three quarters of the next, in eights."""
+    out = [slots]
+    while out[0] > 32:
+        out.insert(0, -(-3 * out[0] // 32) * 8)
+    return out
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(model: Mllm, params: dict, images: UInt8[Array, "E M Y W 3"], patches: Patches | None) -> Float[Array, "E F U"]:
+    return model.encode_images(params, images, patches)
+
+
+@functools.partial(jax.jit, donate_argnames="pool")
+def _replace(pool: Float[Array, "N F U"], new: Float[Array, "E F U"], source: Int[Array, " N"]) -> Float[Array, "N F U"]:
+    """The pool with `new[source]` where `source` is not negative."""
+    return jnp.where((source >= 0)[:, None, None], _rows_of(new, jnp.maximum(source, 0)), pool)
+
+
+def _rows_of(values: Float[Array, "N F U"], index: Int[Array, " B"]) -> Float[Array, "B F U"]:
+    return values.at[index].get(out_sharding=mesh_lib.out_sharding("batch", None, None))
+
+
+@jax.jit
+def _visible(
+    batch: PairBatch, key: Array, number: Int[Array, " B"], rho_th: Float[Array, ""]
+) -> tuple[Bool[Array, "B T"], Int[Array, ""]]:
+    """One mask a row, shared by its lanes and steps (arXiv 2407.02477, eq. 6), and the most slots of a prefix that have to be computed."""
+    row_keys = lane_keys(key, batch.record_key, number, 1)[:, 0]
     keep = jax.vmap(lambda one: jax.random.uniform(one, batch.tokens.shape[1:]) >= rho_th)(row_keys)
     # by the image token's number in its row, so that neither the words around it nor the slots have a say
     is_image = batch.image_index >= 0
     ordinal = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
     visible = ~is_image | jnp.take_along_axis(keep, ordinal, axis=1)
-    prefill = model.prefill(params, features, batch, visible)
-    keys = lane_keys(sample_key, batch.record_key, number, start.slot.shape[1])
-    return decode_lanes(model, params, prefill, batch, start, keys, options, visible)
+    return visible, jnp.max(jnp.sum(kept_slots(batch, visible), axis=1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _complete(
+    model: Mllm,
+    options: DecodeOptions,
+    prefix_slots: int,
+    params: dict,
+    pool: Float[Array, "N F U"],
+    place: Int[Array, " B"],
+    batch: PairBatch,
+    visible: Bool[Array, "B T"],
+    start: LaneStart,
+    number: Int[Array, " B"],
+    key: Array,
+) -> Samples:
+    """Prefill of what is visible, and decode, of one device batch."""
+    shown, seen, now_at = without_hidden(batch, visible, prefix_slots)
+    start = LaneStart(jax.vmap(lambda values, slot: values[slot])(now_at, start.slot), start.active)
+    prefill = model.prefill(params, _rows_of(pool, place), shown, seen)
+    keys = lane_keys(key, batch.record_key, number, start.slot.shape[1])
+    return decode_lanes(model, params, prefill, shown, start, keys, options, seen)

@@ -15,7 +15,8 @@ from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.files import read_json
 from mmalign_jax.hf.export import MARKER as EXPORT_MARKER
 from mmalign_jax.hf.pretrained import Pretrained
-from mmalign_jax.pairs.bdhs import BdhsSampler, Statistics, check_one_process, make_pairs, reference_of
+from mmalign_jax.pairs.bdhs import BdhsSampler, check_one_process, reference_of
+from mmalign_jax.pairs.bdhs_records import Statistics, make_pairs
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.report.console import Console
 from mmalign_jax.types import PreferenceRecord

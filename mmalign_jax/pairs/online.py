@@ -44,7 +44,7 @@ class OnlineBatches:
         """
         size = self._config.batch_size
         records = [self._records[int(self._rows[self._step * size + i][0])] for i in range(size)]
-        outcomes = self._sampler(params, records, draw=self._step)
+        outcomes = list(self._sampler(params, records, draw=self._step))
         unusable = [bool(outcome.problem) for outcome in outcomes]
         too_long = [not outcome.problem and not self._fits(outcome) for outcome in outcomes]
         changed = [outcome.changed and not long for outcome, long in zip(outcomes, too_long, strict=True)]

@@ -11,7 +11,7 @@ from helpers.tiny import Tiny, answer_sums, batch_of, quick_jit, rows, sample
 
 from mmalign_jax import losses
 from mmalign_jax.mesh import make_mesh, sharding
-from mmalign_jax.sampling import DecodeOptions
+from mmalign_jax.sampling import DecodeOptions, kept_slots, without_hidden
 from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX
 
@@ -74,6 +74,26 @@ def test_packed_row_equals_separate_rows_and_other_padding(case, tiny, batch, ex
     )  # fmt: skip
     separate = quick_jit(lambda batch: answer_sums(tiny.model, tiny.params, batch))(wide)
     np.testing.assert_allclose(np.asarray(separate)[:, 0], expected.reshape(-1), rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_hidden_need_not_be_computed(case, tiny, batch):
+    """Rows without their hidden image tokens give the same hidden states as whole rows under a mask."""
+    random = np.random.default_rng(0).random(batch.tokens.shape)
+    visible = jnp.asarray(random < 0.4) | (batch.image_index < 0)
+    kept = np.asarray(kept_slots(batch, visible))
+    slots = int(kept.sum(axis=1).max()) + 1  # of the longest row, one is padding
+    assert slots < batch.prefix_slots
+
+    @quick_jit
+    def both(params, batch, visible):
+        features = tiny.model.encode_images(params, batch.images, batch.patches)
+        shown, seen, now_at = without_hidden(batch, visible, slots)
+        found = tiny.model.prefill(params, features, shown, seen).hidden
+        return tiny.model.prefill(params, features, batch, visible).hidden, jnp.take_along_axis(found, now_at[..., None], axis=1)
+
+    whole, found = (np.asarray(x) for x in both(tiny.params, batch, visible))
+    computed = np.concatenate([kept, np.asarray(batch.role[:, batch.prefix_slots :] != PAD)], axis=1)
+    np.testing.assert_allclose(found[computed], whole[computed], rtol=1e-5, atol=1e-5 * np.abs(whole).max())
 
 
 def test_decoded_log_probs_are_teacher_forced_ones(case, tiny, batch):

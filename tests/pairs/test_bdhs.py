@@ -20,7 +20,8 @@ from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.data.records import to_example
 from mmalign_jax.data.validate import check_record
 from mmalign_jax.errors import DataError, UserError
-from mmalign_jax.pairs.bdhs import BdhsSampler, make_pairs, to_records
+from mmalign_jax.pairs.bdhs import BdhsSampler
+from mmalign_jax.pairs.bdhs_records import make_pairs, to_records
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.pairs.similarity import ngram_cosine
 from mmalign_jax.types import Media, Preference, Response
@@ -73,9 +74,18 @@ def sampler_of(tiny):
     def make(config=GREEDY, mesh=ONE, lanes=4, **changes):
         shape = dataclasses.replace(layout, **changes)
         sampler = BdhsSampler(tiny.model, tiny.processor, mesh, config, shape, lanes)
-        return functools.partial(sampler, params(mesh))
+        return Made(sampler, params(mesh))
 
     return make
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    sampler: BdhsSampler
+    params: dict
+
+    def __call__(self, records, draw=0):
+        return list(self.sampler(self.params, records, draw))
 
 
 def summary(outcomes):
@@ -156,13 +166,13 @@ def test_no_special_token_is_written(tiny, sampler_of, monkeypatch):
     head = np.array(tiny.params["decoder"]["head"]["kernel"])
     head[:, [0, 1, 3, 4]] *= 50
     run = sampler_of(dataclasses.replace(GREEDY, eps=1e-9))
-    params = run.args[0]
+    params = run.params
     kernel = jax.device_put(head, params["decoder"]["head"]["kernel"].sharding)
     params = params | {"decoder": params["decoder"] | {"head": {"kernel": kernel}}}
     seen = []
     decode = type(tiny.processor).decode
     monkeypatch.setattr(type(tiny.processor), "decode", lambda self, ids: seen.extend(map(int, ids)) or decode(self, ids))
-    run.func(params, build())
+    list(run.sampler(params, build()))
     assert len(set(seen)) > 10 and not set(seen) & set(tiny.processor.banned_ids)
     assert set(tiny.processor.banned_ids) >= {0, 1, 3, 4}
 
@@ -187,10 +197,10 @@ def test_texts_of_guided_answers(outcomes):
 
 
 def test_whole_pairs(tiny, sampler_of, outcomes):
-    run, chunk = sampler_of(), 4
-    parts = list(make_pairs(run.func, *run.args, iter(build()), GREEDY, chunk))
+    run = sampler_of()
+    parts = list(make_pairs(run.sampler, run.params, iter(build()), GREEDY))
     made, statistics = [pair for pairs, _ in parts for pair in pairs], parts[-1][1]
-    assert [counts.records for _, counts in parts] == [chunk, len(build())]
+    assert [counts.records for _, counts in parts] == list(range(1, len(build()) + 1))
     assert statistics.records == len(build()) == statistics.pairs + statistics.unchanged + statistics.unusable
     assert statistics.pairs == len(made) and sum(statistics.by_iteration.values()) == statistics.records
     assert [one.id for one in made] == [one.record.id for one in outcomes if one.changed]
@@ -267,7 +277,7 @@ def test_nothing_new_or_nothing_readable_gives_no_pair(tiny, sampler_of, outcome
     decode = type(tiny.processor).decode
     monkeypatch.setattr(type(tiny.processor), "decode", lambda self, ids: decode(self, ids) + " <image>")
     run = sampler_of()
-    ((made, statistics),) = make_pairs(run.func, *run.args, build()[:2], GREEDY)
+    (made, _), (_, statistics) = make_pairs(run.sampler, run.params, build()[:2], GREEDY)
     assert not made and statistics.unusable == 2 and statistics.unchanged == 0 and statistics.by_iteration == {3: 2}
 
 
@@ -302,6 +312,6 @@ def test_a_swap_that_takes_more_tokens_fits(tiny, sampler_of):
 
 
 def test_every_attempt_at_a_record_has_its_own_number(sampler_of):
-    number = sampler_of().func._number
+    number = sampler_of().sampler._number
     numbers = {number(draw, iteration) for draw, iteration in itertools.product(range(4), range(1, 4))}
     assert len(numbers) == 12

@@ -18,7 +18,7 @@ from mmalign_jax.data.sources.source import Source
 from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs import offline
-from mmalign_jax.pairs.bdhs import Statistics
+from mmalign_jax.pairs.bdhs_records import Statistics
 from mmalign_jax.report.console import Console
 from mmalign_jax.types import Preference, Response
 
