@@ -1,4 +1,4 @@
-"""Bias-Driven Hallucination Sampling (BDHS_attn of arXiv 2407.02477, Algorithm 1): the policy, with most image tokens hidden, writes
+"""Bias-Driven Hallucination Sampling (arXiv 2407.02477, Algorithm 1): the policy, with most image tokens hidden, writes
 the rejected answers.
 
 One iteration for one record: every image token is hidden with probability `rho_th`; every sentence of the reference answer is split at
@@ -32,6 +32,7 @@ from mmalign_jax.data.layout import RowLayout, RowTokens, tokenize
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.mllm import Mllm
+from mmalign_jax.pairs import views
 from mmalign_jax.pairs.masked_decode import FeaturePool, Job, MaskedDecoder
 from mmalign_jax.pairs.similarity import MEASURES
 from mmalign_jax.pairs.splits import Reference, Split, draw_split
@@ -144,7 +145,8 @@ class BdhsSampler:
         self._rows = -(-config.batch_size // divisor) * divisor
         self._guided = MaskedDecoder(model, processor, mesh, context, lanes, sentence, config.rho_th, self._rows)
         self._unguided = MaskedDecoder(model, processor, mesh, prompt, 1, whole, config.rho_th, self._rows)
-        self._new_pool = functools.partial(FeaturePool, model, processor, mesh, layout, self._rows)
+        noise = views.parse(f"diffusion({config.noise_steps},pixel)") if config.noise_steps else None
+        self._new_pool = functools.partial(FeaturePool, model, processor, mesh, layout, self._rows, noise)
 
     def __call__(self, params: dict, records: Iterable[PreferenceRecord], draw: int = 0) -> Iterator[Outcome]:
         """One outcome a record, in order. A few batches of records are held at a time, and no outcome depends on the others.
@@ -168,8 +170,10 @@ class BdhsSampler:
                 upcoming.place, rows = free.pop(0), rows + len(upcoming.contexts)
                 admitted.append(upcoming)
                 upcoming = next(works, None)
-            pool.put(params, {work.place: (work.record, work.prompt) for work in admitted})
             active += admitted
+            # noise is drawn anew for every attempt
+            unlike = active if self._config.noise_steps else admitted
+            pool.put(params, {work.place: (work.record, work.prompt, self._number(draw, work.iteration)) for work in unlike}, self._config.seed)
             guided = [work for work in active if work.contexts]
             unguided = [work for work in active if not work.contexts]
             attempts = self._attempt_guided(params, pool, guided, draw) if guided else iter(())
@@ -199,9 +203,9 @@ class BdhsSampler:
             yield work
 
     def _plan(self, work: _Work, draw: int) -> None:
-        """Splits every sentence for the work's iteration; the last of several has no guidance, and no contexts."""
+        """Splits every sentence for the work's iteration. An unguided attempt, as the last of several is, has no contexts."""
         config, work.plan, work.contexts = self._config, (), ()
-        if work.iteration == config.n_iter > 1:
+        if work.iteration == config.n_iter > 1 or not config.guided:
             return
         randoms = (_generator(config.seed, work.record, draw, work.iteration, number) for number in range(len(work.reference.spans)))
         splits = (draw_split(work.reference, number, config.yes_no_swap, one, self._processor) for number, one in enumerate(randoms))

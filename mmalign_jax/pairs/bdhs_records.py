@@ -7,22 +7,33 @@ from collections.abc import Iterable, Iterator
 from mmalign_jax.config import PairsConfig
 from mmalign_jax.pairs.bdhs import BdhsSampler, Outcome
 from mmalign_jax.pairs.sentences import split_sentences
-from mmalign_jax.types import PreferenceRecord, Response
+from mmalign_jax.types import Preference, PreferenceRecord, Response
 
 
 def to_records(outcome: Outcome, config: PairsConfig) -> list[PreferenceRecord]:
     """The preference records of an outcome, empty when the rejected answer is the reference (it would teach nothing) or unusable.
 
+    With `config.gamma` the record's own rejected answer stays a pair beside the new one: the mean of their losses by weights gamma and
+    1 - gamma (equation 5), as one row each; alone where nothing new was written.
+
     With `config.per_sentence` every changed sentence is a pair of its own, behind the clean answer before it: the context in which it was
     written (arXiv 2507.12455 trains on such pairs). An unguided answer has no such sentences and stays one pair.
     """
-    if not outcome.changed:
-        return []
     record, reference = outcome.record, outcome.reference
+    if not outcome.changed and not config.gamma:
+        return []
     meta = {**record.meta, "bdhs": _draws(outcome, config)}
     changes = {"prefs": (outcome.preference,), "meta": meta}
+    written = Response(outcome.rejected, source="bdhs")
+    if config.gamma:
+        own = record.prefs[0]
+        responses, prefs = (reference, record.responses[own.lose]), (Preference(0, 1, 2 * config.gamma, own.margin),)
+        if outcome.changed:
+            prefs += (dataclasses.replace(outcome.preference, lose=2, weight=2 * (1 - config.gamma)),)
+            responses += (written,)
+        return [dataclasses.replace(record, responses=responses, prefs=prefs, meta=meta)]
     if not config.per_sentence or outcome.sentences is None:
-        return [dataclasses.replace(record, responses=(reference, Response(outcome.rejected, source="bdhs")), **changes)]
+        return [dataclasses.replace(record, responses=(reference, written), **changes)]
     spans, out = split_sentences(reference.text), []
     for number, ((start, end), written) in enumerate(zip(spans, outcome.sentences, strict=True)):
         before, clean = reference.text[:start], reference.text[start:end]
@@ -38,7 +49,9 @@ def to_records(outcome: Outcome, config: PairsConfig) -> list[PreferenceRecord]:
 
 def _draws(outcome: Outcome, config: PairsConfig) -> dict:
     """What it takes to make the outcome again with the same policy, and how it came out. JSON has all of it."""
-    settings = ("seed", "rho_th", "n_iter", "eps", "temperature", "top_p", "max_sentence_tokens", "yes_no_swap", "similarity")
+    settings = (
+        "seed", "rho_th", "noise_steps", "guided", "n_iter", "eps", "temperature", "top_p", "max_sentence_tokens", "yes_no_swap", "similarity",
+    )  # fmt: skip
     found = ("draw", "iteration", "similarity", "accepted", "unfinished")
     return {
         "record": outcome.record.id,  # its draws are made under this name, whatever the pair is called
@@ -52,11 +65,12 @@ def _draws(outcome: Outcome, config: PairsConfig) -> dict:
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Counts over records: `records == unchanged + unusable +` those that gave `pairs` (one each, unless pairs are made per sentence).
+    """Counts over records: `records == unchanged + unusable +` those that gave new pairs (one each, unless they are made per sentence).
 
     Args:
-      unchanged: no pair, because nothing was said that the reference does not say.
-      unusable: no pair, because the tokenizer cannot read the last attempt back.
+      pairs: preference records; with `config.gamma` also those that hold nothing but the set's own pair.
+      unchanged: no new pair, because nothing was said that the reference does not say.
+      unusable: no new pair, because the tokenizer cannot read the last attempt back.
       unfinished: lanes that ran out of slots before they ended.
       by_iteration: iteration -> records that ended there. All that reach the last one end there.
     """
@@ -74,7 +88,7 @@ class Statistics:
         return Statistics(
             records=self.records + 1,
             pairs=self.pairs + pairs,
-            unchanged=self.unchanged + (not pairs and not outcome.problem),
+            unchanged=self.unchanged + (not outcome.problem and not (outcome.changed and pairs)),
             unusable=self.unusable + bool(outcome.problem),
             unfinished=self.unfinished + outcome.unfinished,
             by_iteration=dict(sorted(iterations.items())),

@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Int32, UInt8
+from jaxtyping import Array, Bool, Float, Int, Int32, UInt, UInt8
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.data.device import to_device
 from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out_pictures, lay_out_tokens, stack_rows
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.mllm import Mllm
+from mmalign_jax.pairs.views import View
 from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, kept_slots, lane_keys, without_hidden
-from mmalign_jax.types import PREFIX, PairBatch, Patches, PreferenceRecord
+from mmalign_jax.types import PREFIX, PairBatch, Patches, PreferenceRecord, record_key
 
 _NO_PICTURES = np.zeros((0, 1, 1, 3), np.uint8)  # the features are at hand
 
@@ -57,10 +58,12 @@ class FeaturePool:
     Args:
       layout: of the pictures.
       places: how many records, a multiple of what the mesh splits.
+      view: what is done to the pictures first, if anything.
     """
 
-    def __init__(self, model: Mllm, processor: Processor, mesh: Mesh, layout: RowLayout, places: int):
+    def __init__(self, model: Mllm, processor: Processor, mesh: Mesh, layout: RowLayout, places: int, view: View | None):
         self._model, self._processor, self._mesh, self._layout, self._places = model, processor, mesh, layout, places
+        self._view = view
         divisor = mesh_lib.batch_divisor(mesh)
         self._step = -(-places // (4 * divisor)) * divisor  # few at a time: mostly it is some that change
         self._features: Array | None = None
@@ -71,8 +74,11 @@ class FeaturePool:
             raise ValueError("nothing is encoded yet")
         return self._features
 
-    def put(self, params: dict, entries: Mapping[int, tuple[PreferenceRecord, RowTokens]]) -> None:
-        """Encodes the pictures of records for places that are free from now on.
+    def put(self, params: dict, entries: Mapping[int, tuple[PreferenceRecord, RowTokens, int]], seed: int) -> None:
+        """Encodes the pictures of records and puts them in the places that are named, over what was there.
+
+        Args:
+          entries: place -> record, its tokens, and the number of the attempt, which with seed and id decides what a view draws.
 
         Raises:
           DataError: a picture cannot be read.
@@ -80,13 +86,17 @@ class FeaturePool:
         places = sorted(entries)
         for start in range(0, len(places), self._step):
             chosen = places[start : start + self._step]
-            rows = [lay_out_pictures(record, self._processor, self._layout, row) for record, row in (entries[place] for place in chosen)]
+            rows = []
+            for record, row, number in (entries[place] for place in chosen):
+                drawn = {"record_key": np.uint32(record_key(record.id)), "number": np.int32(number)}
+                rows.append(lay_out_pictures(record, self._processor, self._layout, row) | drawn)
             rows += [rows[-1]] * (self._step - len(rows))
             source = np.full(self._places, -1, np.int32)
             source[chosen] = np.arange(len(chosen))
             with jax.set_mesh(self._mesh):
                 pictures: dict[str, Any] = to_device(jax.tree.map(lambda *leaves: np.stack(leaves), *rows), self._mesh, batch_axis=0)
-                new = _encode(self._model, params, pictures["images"], pictures.get("patches"))
+                drawn = pictures["record_key"], pictures["number"], jax.random.key(seed)
+                new = _encode(self._model, self._view, params, pictures["images"], pictures.get("patches"), *drawn)
                 if self._features is None:
                     shape = (self._places, *new.shape[1:])
                     self._features = jnp.zeros(shape, new.dtype, device=mesh_lib.sharding(self._mesh, "batch", None, None))
@@ -155,9 +165,24 @@ def _lengths(slots: int) -> list[int]:
     return out
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _encode(model: Mllm, params: dict, images: UInt8[Array, "E M Y W 3"], patches: Patches | None) -> Float[Array, "E F U"]:
-    return model.encode_images(params, images, patches)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(
+    model: Mllm,
+    view: View | None,
+    params: dict,
+    images: UInt8[Array, "E M Y W 3"],
+    patches: Patches | None,
+    record_key: UInt[Array, " E"],
+    number: Int[Array, " E"],
+    key: Array,
+) -> Float[Array, "E F U"]:
+    if view is None:
+        return model.encode_images(params, images, patches)
+    keys = lane_keys(key, record_key, number, 1)[:, 0]
+    pixels = images.astype(jnp.float32) if view.float_pixels else images
+    extent = None if patches is None else patches.extent
+    seen = view.apply(pixels, keys, extent=extent, pixel_mean=model.pixel_mean, pixel_std=model.pixel_std)
+    return model.encode_images(params, seen, patches)
 
 
 @functools.partial(jax.jit, donate_argnames="pool")

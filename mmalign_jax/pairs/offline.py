@@ -29,16 +29,27 @@ _SMALL_FILES = (".json", ".jinja", ".txt", ".model")  # of a model: sizes, token
 
 @dataclasses.dataclass(frozen=True)
 class References:
-    """The records with nothing but the answer that pairs are made from."""
+    """The records with nothing but the answer that pairs are made from, and with `keep_rejected` that which the set rejects.
+
+    Raises:
+      UserError: on access, of a record that has none to keep.
+    """
 
     records: Records
+    keep_rejected: bool = False
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int, /) -> PreferenceRecord:
         record = self.records[index]
-        return dataclasses.replace(record, responses=(reference_of(record),), prefs=())
+        reference = reference_of(record)
+        if not self.keep_rejected:
+            return dataclasses.replace(record, responses=(reference,), prefs=())
+        if not record.prefs:
+            raise UserError(f"config.pairs.gamma: record {record.id} has no rejected answer of its own; leave it 0")
+        own = record.prefs[0]
+        return dataclasses.replace(record, responses=(reference, record.responses[own.lose]), prefs=(dataclasses.replace(own, win=0, lose=1),))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +128,7 @@ def _rows(
     policy: Pretrained, records: Records, config: Config, console: Console, title: str, made: MutableMapping[str, Any]
 ) -> Iterator[PreferenceRecord]:
     """The pairs, in the order of the records; `made` then holds the statistics."""
-    references, statistics = References(records), Statistics()
+    references, statistics = References(records, keep_rejected=config.pairs.gamma > 0), Statistics()
     with console.phase(title) as progress:
         sampler, plan = plan_sampler(policy, references, config)
         with console.phase("Loading the model"):

@@ -68,9 +68,13 @@ class Paper:
         space = reference[: len(reference) - len(reference.lstrip())], reference[len(reference.rstrip()) :]
         for iteration in range(1, c.n_iter + 1):
             visible = self.mask(record, draw, iteration)
-            if c.n_iter > 1 and iteration == c.n_iter:
+            last = iteration == c.n_iter
+            if not c.guided or (last and c.n_iter > 1):
                 text = self.text_behind(self.generate(record, visible, "", eos, slots))
-                return space[0] + text.strip() + space[1], iteration
+                rejected = space[0] + text.strip() + space[1]
+                if last or self.similarity(rejected, reference) < c.eps:
+                    return rejected, iteration
+                continue
             out = []
             for number, sentence in enumerate(sentences):
                 sequence = np.random.SeedSequence((c.seed, record_key(record), draw, iteration, number))

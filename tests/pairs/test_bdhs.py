@@ -22,8 +22,9 @@ from mmalign_jax.data.validate import check_record
 from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.pairs.bdhs import BdhsSampler
 from mmalign_jax.pairs.bdhs_records import make_pairs, to_records
+from mmalign_jax.pairs.masked_decode import FeaturePool
 from mmalign_jax.pairs.sentences import split_sentences
-from mmalign_jax.pairs.similarity import ngram_cosine
+from mmalign_jax.pairs.similarity import MEASURES, ngram_cosine
 from mmalign_jax.types import Media, Preference, Response
 
 GREEDY = PairsConfig(maker="bdhs", rho_th=0.7, n_iter=3, eps=0.3, temperature=0.0, max_sentence_tokens=6, batch_size=4, seed=6)
@@ -113,12 +114,14 @@ def test_the_paper_with_retries(tiny, outcomes):
     assert not all(outcome.unfinished == len(outcome.splits or (0,)) for outcome in outcomes)
 
 
-@pytest.mark.parametrize("changes", [{"n_iter": 1}, {"n_iter": 1, "rho_th": 0.0}, {"rho_th": 1.0, "yes_no_swap": 1.0}])
+@pytest.mark.parametrize("changes", [{"n_iter": 1}, {"n_iter": 1, "rho_th": 0.0}, {"rho_th": 1.0, "yes_no_swap": 1.0}, {"guided": False}])
 def test_the_paper_in_its_special_cases(tiny, sampler_of, changes):
     config = dataclasses.replace(GREEDY, **changes)
     found = sampler_of(config)(build(), draw=2)
     agree(tiny, config, found, build(), draw=2)
-    assert any(outcome.swapped for outcome in found)
+    assert any(outcome.swapped for outcome in found) == config.guided
+    if not config.guided:
+        assert all(outcome.sentences is None for outcome in found)
     if config.n_iter == 1:
         assert all(outcome.sentences is not None and outcome.iteration == 1 for outcome in found)
         assert {outcome.accepted for outcome in found} == {True, False}
@@ -141,6 +144,24 @@ def test_batch_order_and_mesh_do_not_matter(sampler_of):
     assert summary(wider(build()[2:4])) == expected[2:4]
     assert summary(sampler_of(DRAWN, mesh_lib.make_mesh(data=2, fsdp=2, tensor=2))(build())) == expected
     assert {iteration for _, iteration, *_ in expected} == {1, 2, 3}
+
+
+def test_noise_is_drawn_anew_for_every_attempt(sampler_of, monkeypatch):
+    monkeypatch.setitem(MEASURES, "ngram", lambda a, b: 1.0)  # nothing is accepted before the end
+    config = dataclasses.replace(GREEDY, rho_th=0.0, noise_steps=900, batch_size=8, guided=False, eps=0.5)
+    put, seen = FeaturePool.put, []
+
+    def watch(self, params, entries, seed):
+        put(self, params, entries, seed)
+        seen.append(np.asarray(self.features))
+
+    monkeypatch.setattr(FeaturePool, "put", watch)
+    found = sampler_of(config)(build())
+    assert {one.iteration for one in found} == {3} and summary(found) != summary(sampler_of(dataclasses.replace(config, noise_steps=0))(build()))
+    of_row = [features[0] for features in seen[:3]]  # three attempts at the first record
+    assert all(np.abs(a - b).max() > 1e-3 for a, b in itertools.combinations(of_row, 2))
+    alone = sampler_of(dataclasses.replace(config, batch_size=2))(build()[::-1])
+    assert summary(alone)[::-1] == summary(found)
 
 
 def test_draws(sampler_of):

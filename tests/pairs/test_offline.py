@@ -78,6 +78,25 @@ def test_made_once_and_the_same_from_references_and_from_pairs(policy, tmp_path)
     assert pairs_of(other) == pairs_of(made) and other.statistics == counts
 
 
+def test_the_sets_own_rejected_answers_by_gamma(policy, tmp_path):
+    config = dataclasses.replace(CONFIG, pairs=dataclasses.replace(PAIRS, gamma=0.25))
+    own = [dataclasses.replace(one, responses=(Response("A cat."), *one.responses), prefs=(Preference(1, 0, margin=3.0),)) for one in RECORDS]
+    made, _ = make(policy, prepared(tmp_path / "set", own), tmp_path / "pairs", config)
+    plain, _ = make(policy, prepared(tmp_path / "references"), tmp_path / "plain")
+    rejected = {pair.id: (pair.responses[1].text, pair.prefs[0].margin) for pair in pairs_of(plain)}
+    assert 0 < len(rejected) and made.statistics.unchanged + made.statistics.unusable == len(RECORDS) - len(rejected)
+    for pair, record_ in zip(pairs_of(made), RECORDS, strict=True):
+        assert [one.text for one in pair.responses[:2]] == [record_.responses[0].text, "A cat."]
+        assert pair.prefs[0] == Preference(0, 1, 0.5, 3.0)
+        if record_.id in rejected:
+            text, margin = rejected[record_.id]
+            assert pair.responses[2].text == text and pair.prefs[1:] == (Preference(0, 2, 1.5, margin),)
+        else:
+            assert len(pair.responses) == 2 and len(pair.prefs) == 1
+    with pytest.raises(UserError, match="config.pairs.gamma: record r0 has no rejected answer of its own"):
+        make(policy, prepared(tmp_path / "references"), tmp_path / "none", config)
+
+
 def test_records_that_do_not_fit_are_named(policy, tmp_path):
     long = record("long", "What?", "A table. " * 20, images=[1])
     config = dataclasses.replace(CONFIG, data=DataConfig(workers=0, answer_tokens=48, on_long_row="drop"))
@@ -164,7 +183,7 @@ def test_identity_of_settings_and_records(policy, tmp_path):
     same, fields = identity(), {field.name for field in dataclasses.fields(PairsConfig)}
     changes = {
         "rho_th": 0.5, "n_iter": 3, "eps": 0.5, "temperature": 0.5, "top_p": 0.5, "max_sentence_tokens": 5, "yes_no_swap": 0.1,
-        "per_sentence": True, "similarity": "another", "seed": 1,
+        "per_sentence": True, "similarity": "another", "seed": 1, "noise_steps": 5, "guided": False, "gamma": 0.5,
     }  # fmt: skip
     assert fields == changes.keys() | {"maker", "when", "batch_size"}
     others = [identity(**{name: value}) for name, value in changes.items()]

@@ -25,7 +25,17 @@ def view_keys(keys: Key[Array, " B"], name: str) -> Key[Array, " B"]:
 
 def image_keys(keys: Key[Array, " B"], count: int) -> Key[Array, "B {count}"]:
     """A key for each of the `count` images of every row."""
-    return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count)))(keys)
+    return _fold_numbers(keys, count)
+
+
+def _fold_numbers(keys: Key[Array, "*b"], count: int) -> Key[Array, "*b {count}"]:
+    """Keys folded with 0, 1, ... Broadcast by hand: a vmap over numbers alone mixes shardings when there is one row."""
+    zeros = jax.random.key_data(keys)[..., :1] * 0
+    numbers = zeros + jnp.arange(count, dtype=zeros.dtype)
+    fold = jax.random.fold_in
+    for _ in numbers.shape:
+        fold = jax.vmap(fold)
+    return fold(jnp.broadcast_to(keys[..., None], numbers.shape), numbers)
 
 
 def draw_grid(
@@ -36,5 +46,4 @@ def draw_grid(
     A picture gets the same numbers on canvases of any size: every line has a key of its own, and the first numbers of a line do not depend
     on its length (jax's partitionable threefry, the default, counts along an array).
     """
-    lines = lambda key: jax.vmap(lambda y: draw(jax.random.fold_in(key, y), rest))(jnp.arange(height))  # noqa: E731
-    return jax.vmap(jax.vmap(lines))(keys)
+    return jax.vmap(jax.vmap(jax.vmap(lambda key: draw(key, rest))))(_fold_numbers(keys, height))

@@ -152,6 +152,15 @@ def test_two_views_share_no_draws():
     assert len(np.unique(np.concatenate([*drawn, jax.random.key_data(keys)]), axis=0)) == (len(drawn) + 1) * B
 
 
+def test_one_row_on_a_mesh_is_as_among_others(exact):
+    """A batch of one row is what a small machine trains on; jax cannot tell the sharding of every operation on it."""
+    grid = mesh.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(grid):
+        given = [jax.device_put(x[:1], mesh.sharding(grid, "batch", *[None] * (x.ndim - 1))) for x in (IMAGES, OTHERS, RECORDS)]
+        for text, out in everything(*given).items():
+            close(out, exact[text][:1], text)
+
+
 def test_what_a_view_needs_is_asked_for():
     keys = views.row_keys(SEED, RECORDS, 0)
     for text, missing in (("other_image", "other_images"), ("collage(pip)", "other_images"), ("pgd", "features"), ("diffusion", "pixel_mean")):
