@@ -54,7 +54,7 @@ def check(report):
     assert report.argument_bytes >= report.state_bytes
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_7b_step_fits_a_v5e_64():
     words = ["--config", "configs/llava15_7b_dpo.py", "--topology", "v5e:8x8", "--json"]
     done = launch("launch/aot_check.py", *words, timeout=600, quick=False, **QUIET)

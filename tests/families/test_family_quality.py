@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.families import all_cases, one_a_family
+from helpers.families import all_cases, one_a_kind
 from helpers.tiny import Tiny, answer_sums, batch_of, quick_jit, rows, sample
 
 from mmalign_jax import losses
@@ -19,7 +19,7 @@ CASES = all_cases()
 TOKENS = 12
 
 
-@pytest.fixture(scope="module", params=one_a_family())
+@pytest.fixture(scope="module", params=one_a_kind())
 def case(request):
     return CASES[request.param]
 

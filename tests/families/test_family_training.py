@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.checkpoints import quiet, tensors
 from helpers.commands import launch
-from helpers.families import LIKE, all_cases
+from helpers.families import KINDS, all_cases
 from helpers.rows import photo_bytes, rlaif_row, write_parquet
 
 METHODS = {"dpo": [], "mdpo": ["--config.objective.name=mdpo"], "lora": ["--config.lora.rank=4"]}
@@ -17,15 +17,10 @@ CASES = all_cases()
 
 
 def runs():
-    """All families by all methods; each family's first case with one of the methods is the share that is always run."""
-    first, seen = [], set(LIKE)
-    for number, name in enumerate(CASES):
-        family = name.split()[0]
-        for place, method in enumerate(METHODS):
-            always = family not in seen and place == number % len(METHODS)
-            first.append(pytest.param(name, method, id=f"{name}-{method}", marks=() if always else pytest.mark.nightly))
-        seen.add(family)
-    return first
+    """All families by all methods; the first case of each kind with a method of its own is the share that is always run."""
+    always = {next(name for name in CASES if name.split()[0] == family): method for family, method in zip(KINDS, METHODS, strict=True)}
+    marks = lambda name, method: () if always.get(name) == method else pytest.mark.nightly  # noqa: E731
+    return [pytest.param(name, method, id=f"{name}-{method}", marks=marks(name, method)) for name in CASES for method in METHODS]
 
 
 @pytest.mark.parametrize(("name", "method"), runs())

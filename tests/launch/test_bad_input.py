@@ -92,7 +92,9 @@ def test_an_objective_that_goes_by_margins_wants_some(model, tmp_path):
     "words, message",
     [
         (["--config.objective.bta=0.2"], "config.objective.bta: no such setting. Did you mean config.objective.beta?"),
-        (["--config.train.batch_size=0"], "config.train.batch_size: 0 is out of range, must be at least 1"),
+        pytest.param(
+            ["--config.train.batch_size=0"], "config.train.batch_size: 0 is out of range, must be at least 1", marks=pytest.mark.nightly
+        ),
         (["--config.model.path=nowhere"], "nowhere/config.json: no such file; expected a Hugging Face model directory"),
     ],
 )

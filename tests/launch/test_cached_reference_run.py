@@ -25,7 +25,7 @@ def metrics(done, workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_cached_run_is_a_live_one_and_its_cache_is_shared(tmp_path):
     base = tiny_llava(tmp_path / "base")
     pictures = ({"bytes": photo_bytes(name, (60, 90)), "path": f"{name}.jpg"} for name in ("astronaut", "coffee", "rocket"))

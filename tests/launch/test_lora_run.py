@@ -26,7 +26,7 @@ def export(workdir, out, *words):
     return launch("launch/export.py", "--workdir", workdir, "--out", out, *words)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_train_export_and_go_on(tmp_path):
     base = tiny_llava(tmp_path / "base")
     answers = {"question": "What is in the picture?", "chosen": "There is a red cat.", "rejected": "A dog and two birds."}

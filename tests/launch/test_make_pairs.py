@@ -87,9 +87,9 @@ def test_pairs_of_the_built_in_world(tmp_path):
     "out, more, message",
     [
         ("set", (), "--out: is the directory of --data"),
-        ("pairs", ("--config.pairs.maker=none",), "config.pairs.maker: 'none' makes no pairs"),
+        pytest.param("pairs", ("--config.pairs.maker=none",), "config.pairs.maker: 'none' makes no pairs", marks=pytest.mark.nightly),
         ("pairs", ("--config.data.on_long_row=shorten_answer",), "config.data.on_long_row"),
-        ("", (), "--model, --data and --out"),
+        pytest.param("", (), "--model, --data and --out", marks=pytest.mark.nightly),
     ],
 )
 def test_mistakes_are_one_line(model, tmp_path, out, more, message):

@@ -14,11 +14,11 @@ from helpers.families import all_cases, one_a_family
 from helpers.family_worker import numbers
 
 CASES = all_cases()
-IN_CI = [param.values[0] for param in one_a_family() if not param.marks]
+ONE_A_FAMILY = [param.values[0] for param in one_a_family() if not param.marks]
 # mDPO and two shapes of rows take four times as long to compile
 SHARES = [
-    pytest.param(IN_CI, "dpo", 1, id="one a family"),
-    pytest.param(list(CASES), "mdpo", 2, id="all", marks=pytest.mark.nightly),
+    pytest.param(ONE_A_FAMILY, "dpo", 1, id="one a family"),
+    pytest.param(list(CASES), "mdpo", 2, id="all"),
 ]
 
 
@@ -42,7 +42,7 @@ def two_processes(folder: Path, objective: str, buckets: int) -> dict[str, dict[
     return json.loads((folder / "found.json").read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("names", "objective", "buckets"), SHARES)
 def test_two_processes_equal_one(tmp_path, names, objective, buckets):
     places = {}

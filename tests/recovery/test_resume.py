@@ -45,7 +45,7 @@ def test_kill_9_at_a_random_moment(uninterrupted, tmp_path):
     same_result(tmp_path, uninterrupted, STEPS)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_sigterm_saves_first(uninterrupted, tmp_path):
     process = start(tmp_path)
     wait_for(lambda: steps_done(tmp_path) >= 4, process)

@@ -228,7 +228,7 @@ def test_with_low_rank_factors(policy, cache, adapters, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("view", ["other_image", "diffusion(300)"])
+@pytest.mark.parametrize("view", ["other_image", pytest.param("diffusion(300)", marks=pytest.mark.nightly)])
 def test_views_of_other_rows_pictures_and_of_float_pixels(policy, cache, tmp_path, view):
     shutil.copytree(cache / "answers", tmp_path / "answers")
     some = case(policy, tmp_path, "mdpo", objective={"view": view}, data={"buckets": 1})

@@ -147,7 +147,7 @@ class Stepping:
         return jax.device_get(state), seen
 
 
-@pytest.mark.parametrize("name", ["bco", "kto", "aot", pytest.param("beta_dpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["bco", "aot", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("kto", "beta_dpo"))])
 def test_statistics_over_the_batch_are_those_of_the_whole_step(tiny, reference, batch, name):
     """Two parts of two rows give loss, metrics, parameters and the objective's state of four rows at once."""
     whole, in_parts = (Stepping(tiny, name, count, beta=0.5)(reference, batch, steps=2) for count in (1, 2))
@@ -185,7 +185,7 @@ def test_a_reference_that_follows(tiny, batch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kto", "aot", "tdpo"])
+@pytest.mark.parametrize("name", ["kto", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("aot", "tdpo"))])
 def test_eight_devices_have_the_loss_of_one(tiny, reference, name):
     eight = [dataclasses.replace(r, id=f"{r.id} {half}") for half in range(2) for r in MIXED]
     batch = batch_of(eight, tiny.processor)

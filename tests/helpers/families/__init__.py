@@ -23,11 +23,24 @@ def all_cases() -> dict[str, FamilyCase]:
 LIKE = {"idefics3": "smolvlm", "llava_next_video": "llava_next", "qwen2_vl": "qwen2_5_vl"}
 
 
+# One of each kind of pictures, positions and attention: tiles and a causal prefix, any size and turning positions, images that see themselves.
+KINDS = ("llava_next", "qwen2_5_vl", "gemma3")
+
+
 def one_a_family() -> list:
     """Parameters: every case by name, of which CI runs one a family, the others being nightly; a name begins with its family."""
-    out, seen = [], set(LIKE)
+    return _parameters({name.split()[0] for name in all_cases()} - set(LIKE))
+
+
+def one_a_kind() -> list:
+    """The same for tests that take long: CI runs one case of each of `KINDS`."""
+    return _parameters(set(KINDS))
+
+
+def _parameters(families: set[str]) -> list:
+    out = []
     for name in all_cases():
         family = name.split()[0]
-        out.append(pytest.param(name, marks=pytest.mark.nightly if family in seen else ()))
-        seen.add(family)
+        out.append(pytest.param(name, marks=() if family in families else pytest.mark.nightly))
+        families = families - {family}
     return out
