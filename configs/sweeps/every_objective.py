@@ -14,7 +14,7 @@ METHODS = {
     "adpo": {"model.freeze": ("projector", "decoder")},
     "sentinel": {"pairs.per_sentence": True},
 }
-BUDGET = {"train.steps": 200, "train.batch_size": 16, "checkpoint.every": 200, "report.gallery": 0}
+BUDGET = {"train.steps": 200, "train.batch_size": 8, "checkpoint.every": 200, "report.gallery": 0}
 
 
 def sweep():
