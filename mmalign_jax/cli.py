@@ -3,6 +3,7 @@
 Exit codes: what the work returns, 2 for a mistake the user can mend, 130 after Ctrl-C. A defect keeps its traceback.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -107,6 +108,7 @@ def _run(body: Callable[[], int | None], parser: Callable[[Sequence[str]], None]
     def quietly(_: Sequence[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # libraries tell every step of theirs at INFO
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # such as that torch is missing, which nothing here needs
         return body()
 
     try:

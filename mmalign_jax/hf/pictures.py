@@ -10,7 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import PIL.Image
-import transformers
 from jaxtyping import Int32, UInt8
 
 from mmalign_jax.errors import UserError
@@ -125,6 +124,8 @@ def load_image_processor(directory: Path) -> Any:
     Raises:
       UserError: there is none, or it cannot be loaded.
     """
+    import transformers  # late: it takes seconds, and a mistake in a config should be told at once
+
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise UserError(f"{directory}: no image processor; expected preprocessor_config.json or processor_config.json")
     try:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import transformers
 from jaxtyping import Bool, Int32
 
 from mmalign_jax.errors import DataError, UserError
@@ -302,6 +301,8 @@ def load_processor(directory: str | pathlib.Path, config: MllmConfig) -> Process
 
 
 def _load_tokenizer(directory: pathlib.Path, chat_template: str | None) -> Any:
+    import transformers  # late: it takes seconds, and a mistake in a config should be told at once
+
     for name in ("tokenizer_config.json", "tokenizer.json"):
         read_json(directory / name)
     try:

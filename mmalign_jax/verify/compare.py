@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import transformers
 
 from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.hf import families
@@ -187,6 +186,8 @@ def _unequal(mine: np.ndarray, other: np.ndarray) -> float:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences transformers' progress bars."""
+    import transformers  # late: it takes seconds, and a mistake on the command line should be told at once
+
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
     try:

@@ -1,23 +1,20 @@
 """Training runs that tests start, look into, and stop at a moment."""
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from helpers.commands import ROOT
+from helpers.commands import ROOT, users_environment
 
 
 def start(workdir: Path, config: str, settings: dict[str, object]) -> subprocess.Popen:
     """Starts `launch/train.py` with settings by name, "train.steps" for `--config.train.steps`."""
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
     command = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(ROOT / config), "--workdir", str(workdir), *flags]
-    # small models: what XLA's optimisations would take is more than all steps take
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, env=users_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:

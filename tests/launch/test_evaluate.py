@@ -3,15 +3,14 @@ import json
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
+from helpers.commands import ROOT, users_environment
 
 from mmalign_jax.errors import UserError
 from mmalign_jax.evaluation import pope
 from mmalign_jax.scenes import model, splits
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "launch" / "evaluate.py"
 
 
@@ -79,7 +78,7 @@ def test_command(tmp_path):
         "out": "out/scores.json",
     }
     command = [sys.executable, SCRIPT, *(f"--{name}={value}" for name, value in flags.items()), "--max_new_tokens=2", "--batch_size=4"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, env=users_environment())
     assert done.returncode == 0, done.stderr
     assert "POPE accuracy" in done.stdout and "--compare" in done.stdout
     written = json.loads((tmp_path / "out" / "scores.json").read_text())

@@ -1,30 +1,25 @@
 """The command on a tiny checkpoint and a published format."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from helpers import checkpoints
+from helpers.commands import ROOT, launch
 from helpers.rows import record, rlaif_row, write_parquet
 
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data.builder import describe, open_records, prepare
 from mmalign_jax.data.sources.source import Source
 
-ROOT = Path(__file__).resolve().parents[2]
 SCENES_SFT = ROOT / "mmalign_jax" / "assets" / "scenes_sft"
 CONFIG = ROOT / "configs" / "pairs" / "bdhs.py"
 SETTINGS = ("n_iter=2", "max_sentence_tokens=4", "batch_size=4", "temperature=0.0")
 
 
 def command(model, data, out, *more):
-    argv = [sys.executable, str(ROOT / "launch" / "make_pairs.py"), "--config", str(CONFIG), "--model", model, "--data", data, "--out", out]
-    argv = [*map(str, argv), *(f"--config.pairs.{setting}" for setting in SETTINGS), *more]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return subprocess.run(argv, capture_output=True, text=True, timeout=280, env=environment)
+    argv = [str(ROOT / "launch" / "make_pairs.py"), "--config", str(CONFIG), "--model", model, "--data", data, "--out", out]
+    argv += [*(f"--config.pairs.{setting}" for setting in SETTINGS), *more]
+    return launch(*argv)
 
 
 @pytest.fixture(scope="module")

@@ -149,7 +149,7 @@ def test_without_torch(good, words):
 
 
 def test_the_command(good):
-    done = launch("launch/verify.py", "--model", good)
+    done = launch("launch/verify.py", "--model", good, torch=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("our numbers equal those of transformers\n")
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.commands import ROOT, users_environment
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
     "train.steps": 3, "train.batch_size": 16, "train.accumulate": 2, "train.log_every": 1, "checkpoint.every": 2, "scenes.sft": 16,
     "report.tensorboard": False, "mesh.data": 2, "mesh.fsdp": 4, "eval.benchmarks": "()",
@@ -18,7 +18,7 @@ SETTINGS = {
 
 def start(workdir: Path, devices: int, **settings_and_environment: str) -> subprocess.Popen:
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = users_environment(quick=False) | {"XLA_FLAGS": flags}
     settings = dict(SETTINGS)
     for key, value in settings_and_environment.items():
         (environment if key.startswith("JAX_") else settings)[key] = value

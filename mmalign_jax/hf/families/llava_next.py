@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from jaxtyping import Int32, UInt8
-from transformers.image_processing_utils import select_best_resolution
 
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf import decoders
@@ -77,6 +76,9 @@ class Grid:
           side: of a tile in pixels.
           cells: of a tile's side, in features.
         """
+        # where torch is installed this import takes seconds, which a command about another model need not wait for
+        from transformers.image_processing_utils import select_best_resolution
+
         height, width = size
         best = select_best_resolution(size, pinpoints)
         tiles = (best[0] // side, best[1] // side)

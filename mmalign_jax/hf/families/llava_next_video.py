@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import transformers
 from jaxtyping import UInt8
 
 from mmalign_jax.errors import UserError
@@ -86,6 +85,8 @@ def frame_processor(directory: Path) -> Any:
     Raises:
       UserError: there is none, or its values are not those of an image processor.
     """
+    import transformers  # late: it takes seconds, and a mistake in a config should be told at once
+
     values = video_values(directory)
     if values is None:
         raise UserError(f"{directory}: no video processor; expected processor_config.json with a video_processor, or video_preprocessor_config.json")
