@@ -98,7 +98,8 @@ def execute(runs: Sequence[tuple[str, Sequence[str]]], root: Path, keep_going: b
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 code = running.pop(name).returncode
                 stopped = code == cli.INTERRUPTED or name in interrupted
-                outcome[name] = "interrupted" if stopped else "ok" if code == 0 else f"failed with exit code {code}"
+                failed = f"failed with exit code {code}" + (f"; see {root / name / 'output.txt'}" if jobs > 1 else "")
+                outcome[name] = "interrupted" if stopped else "ok" if code == 0 else failed
                 stopping |= stopped or (code != 0 and not keep_going)
             time.sleep(_POLL_S)
         except KeyboardInterrupt:

@@ -5,12 +5,7 @@
 The same command goes on where a run was stopped or killed.
 """
 
-import os
-
-# transformers is used for tokenizer and processor only; its advice to install PyTorch would alarm
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-from mmalign_jax import cli, pipeline  # noqa: E402
+from mmalign_jax import cli, pipeline
 
 if __name__ == "__main__":
     cli.run(pipeline.run)

@@ -91,6 +91,7 @@ class PairsConfig:
     maker: str = setting("none", choices=("none", "bdhs"))
     when: str = setting("offline", choices=("offline", "online"), help="online: from the current policy, between steps")
     rho_th: float = setting(0.99, min=0.0, max=1.0, help="probability that an image token is hidden; 0.99 for about 2,880 tokens, 0.95 for 576")
+    mask_scope: str = setting("all", choices=("all", "text"), help="who does not see hidden image tokens: everyone, or all but image tokens")
     noise_steps: int = setting(0, min=0, max=999, help="BDHS_noise: steps of diffusion noise on the images, as POVID; with rho_th = 0")
     guided: bool = setting(True, help="sentences go on from within the clean reference; otherwise all attempts answer the prompt alone")
     n_iter: int = setting(5, min=1)
@@ -98,10 +99,14 @@ class PairsConfig:
     temperature: float = setting(1.0, min=0.0)
     top_p: float = setting(1.0, above=0.0, max=1.0)
     max_sentence_tokens: int = setting(64, min=1)
+    max_answer_tokens: int = setting(256, min=1, help="of an unguided attempt")
+    split_unit: str = setting("word", choices=("word", "token"), help="what sentences are split in front of")
+    stop: str = setting("sentence", choices=("sentence", "full_stop"), help="sentence: a question or exclamation mark ends a sentence, too")
     yes_no_swap: float = setting(0.5, min=0.0, max=1.0)
     per_sentence: bool = setting(False, help="one record a changed sentence, with the clean answer before it as shared context")
-    gamma: float = setting(0.0, min=0.0, max=1.0, help="share of the set's own rejected answer in the loss (equation 5: 0.5); 0: it is not used")
-    similarity: str = setting("ngram", choices=("ngram",))
+    gamma: float = setting(0.0, min=0.0, max=0.999, help="share of the set's own rejected answer in the loss (equation 5: 0.5); 0: it is not used")
+    similarity: str = setting("ngram", choices=("ngram", "encoder"), help="encoder: cosine of sentence vectors, as in the paper")
+    encoder: str = setting("", help="directory of a sentence encoder, such as all-mpnet-base-v2 (the paper's) or all-MiniLM-L6-v2")
     batch_size: int = setting(64, min=1)
     seed: int = setting(0, min=0)
 
@@ -297,6 +302,8 @@ def _check_across(config: Config) -> None:
         raise UserError("config.reference.kind: pairs that are made online cannot be cached; use live")
     if config.pairs.maker == "bdhs" and config.data.on_long_row == "shorten_answer":
         raise UserError("config.data.on_long_row: pairs (config.pairs.maker) are made from whole references; use error or drop")
+    if (config.pairs.similarity == "encoder") != bool(config.pairs.encoder):
+        raise UserError('config.pairs.encoder: a directory goes with config.pairs.similarity = "encoder", and only with it')
     if config.pairs.gamma and (config.pairs.when == "online" or config.pairs.per_sentence):
         raise UserError("config.pairs.gamma: the set's own rejected answers go with whole pairs that are made offline; leave it 0")
     if config.data.format == "scenes" and config.data.path:

@@ -1,6 +1,7 @@
 """BDHS with the paper's settings (arXiv 2407.02477), for models with about 2,880 image tokens such as LLaVA-1.6.
 
-With 576 image tokens (LLaVA-1.5), --config.pairs.rho_th=0.95 leaves as many of them visible.
+With 576 image tokens (LLaVA-1.5), --config.pairs.rho_th=0.95 leaves as many of them visible. The paper measures similarity with a sentence
+encoder: --config.pairs.similarity=encoder --config.pairs.encoder=DIR, DIR being all-mpnet-base-v2; the default counts words.
 
     python launch/make_pairs.py --config configs/pairs/bdhs.py --model DIR --data SET --out PAIRS
 """

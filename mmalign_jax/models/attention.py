@@ -20,6 +20,7 @@ def packed_mask(
     window: int | None = None,
     bidirectional: str = "none",
     visible: Bool[Array, "B T"] | None = None,
+    images_see_all: bool = False,
 ) -> Bool[Array, "B T T"]:
     """Who sees whom in a packed row: causal by position, and an answer sees the prefix and itself but no other answer.
 
@@ -28,7 +29,7 @@ def packed_mask(
       window: counts positions back, not slots, so that every answer sees as far back as it would alone.
       bidirectional: `DecoderConfig.bidirectional`. The window bounds what an image sees of itself (Gemma 3), not what the prefix sees
         of itself (PaliGemma 2), as in transformers.
-      visible: hides keys from every query (BDHS: image tokens that the policy may not use).
+      visible: hides keys from every query (BDHS: image tokens that the policy may not use), or, with `images_see_all`, from text alone.
     """
     query, key = role[:, :, None], role[:, None, :]
     branch = (key != PAD) & ((key == PREFIX) | (key == query))
@@ -41,7 +42,8 @@ def packed_mask(
         allowed |= (query == PREFIX) & (key == PREFIX)
     allowed &= branch
     if visible is not None:
-        allowed &= visible[:, None, :]
+        seen = visible[:, None, :]
+        allowed &= seen | (image >= 0)[:, :, None] if images_see_all else seen
     return allowed
 
 

@@ -86,11 +86,19 @@ class Mllm:
             return self._decode_rows(params, features, batch, Decoder(self.config.decoder, self.remat), None)[0]
 
     def prefill(
-        self, params: dict, features: Float[Array, "B F U"], batch: PairBatch, visible: Bool[Array, "B T"] | None = None
+        self,
+        params: dict,
+        features: Float[Array, "B F U"],
+        batch: PairBatch,
+        visible: Bool[Array, "B T"] | None = None,
+        images_see_all: bool = False,
     ) -> Prefill:
-        """`hidden` that also returns the cache. Slots that are not `visible` are hidden from every query of every layer."""
+        """`hidden` that also returns the cache. Slots that are not `visible` are hidden from every query of every layer, or, with
+        `images_see_all`, from those of text.
+        """
+        decoder = Decoder(self.config.decoder, keep_cache=True)
         with jax.named_scope("prefill"):
-            return Prefill(*self._decode_rows(params, features, batch, Decoder(self.config.decoder, keep_cache=True), visible))
+            return Prefill(*self._decode_rows(params, features, batch, decoder, visible, images_see_all))
 
     def empty_tail(self, rows: int, lanes: int, slots: int) -> KeyValues:
         """Tails `[L B S X G E]` for `slots` new tokens a lane."""
@@ -151,13 +159,14 @@ class Mllm:
         logits = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
         return softcap(logits, self.config.decoder.final_softcap)
 
-    def _decode_rows(self, params: dict, features: Array, batch: PairBatch, decoder: Decoder, visible: Array | None):
+    def _decode_rows(self, params: dict, features: Array, batch: PairBatch, decoder: Decoder, visible: Array | None, images_see_all: bool = False):
         c, width = self.config.decoder, self.config.decoder.width
         local = local_layers(c)
         image = self._image_of(batch) if c.bidirectional == "image" else batch.image_index
 
         def mask(window: int | None) -> Bool[Array, "B T T"]:
-            return packed_mask(batch.role, batch.positions, image, window=window, bidirectional=c.bidirectional, visible=visible)
+            hidden = {"visible": visible, "images_see_all": images_see_all}
+            return packed_mask(batch.role, batch.positions, image, window=window, bidirectional=c.bidirectional, **hidden)
 
         masks = Masks(None if local.all() else mask(None), mask(c.sliding_window) if local.any() else None)
         placed = jnp.take_along_axis(features, jnp.maximum(batch.image_index, 0)[..., None], axis=1).astype(self.dtype)

@@ -19,7 +19,6 @@ draw, iteration, sentence) alone.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -28,14 +27,16 @@ from jax.sharding import Mesh
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import PairsConfig
-from mmalign_jax.data.layout import RowLayout, RowTokens, tokenize
+from mmalign_jax.data.layout import RowLayout, tokenize
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.pairs import views
 from mmalign_jax.pairs.masked_decode import FeaturePool, Job, MaskedDecoder
-from mmalign_jax.pairs.similarity import MEASURES
-from mmalign_jax.pairs.splits import Reference, Split, draw_split
+from mmalign_jax.pairs.schedule import Schedule, Work
+from mmalign_jax.pairs.sentences import CLOSING
+from mmalign_jax.pairs.similarity import measure_of
+from mmalign_jax.pairs.splits import Reference, draw_split
 from mmalign_jax.sampling import DecodeOptions
 from mmalign_jax.types import Preference, PreferenceRecord, Response, record_key
 
@@ -100,24 +101,18 @@ class Outcome:
         return Preference(0, 1, margin=1.0 - self.similarity)
 
 
-@dataclasses.dataclass(eq=False)
-class _Work:
-    """A record on its way through the iterations. `contexts` are those that its next guided attempt reads."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Attempt:
+    """What was written in one iteration for one record."""
 
-    order: int
-    record: PreferenceRecord
-    reference: Reference
-    prompt: RowTokens
-    place: int = -1
-    iteration: int = 1
-    plan: Sequence[Split] = ()
-    contexts: Sequence[str] = ()
+    work: Work
+    text: str
+    unfinished: int
+    sentences: tuple[str, ...] | None = None
 
 
 class BdhsSampler:
     """Makes rejected answers for records with a reference answer (see `reference_of`).
-
-    Device batches stay full: a record that is done makes room for the next one, whatever iterations the others are in.
 
     Args:
       model, processor, mesh: of the policy.
@@ -134,22 +129,25 @@ class BdhsSampler:
             raise ValueError("BDHS reads rows with one answer")
         check_one_process()
         self._processor, self._config, self._lanes, self._layout = processor, config, lanes, layout
-        self._similarity = MEASURES[config.similarity]
+        self._similarities = measure_of(config)
         self._stop = processor.answer(".").ids[:-1]
         shared = {"temperature": config.temperature, "top_p": config.top_p, "banned_ids": processor.banned_ids}
-        sentence = DecodeOptions(config.max_sentence_tokens, stop_ids=(*processor.eos_ids, *processor.sentence_end_ids), **shared)
-        whole = DecodeOptions(layout.answer_slots, stop_ids=processor.eos_ids, **shared)
+        sentence = DecodeOptions(config.max_sentence_tokens, stop_ids=(*processor.eos_ids, *_ends(processor, config.stop)), **shared)
+        whole = DecodeOptions(config.max_answer_tokens, stop_ids=processor.eos_ids, **shared)
         context = dataclasses.replace(layout, answer_slots=layout.answer_slots + _SWAP_SLOTS, shorten_answers=False)
         prompt = dataclasses.replace(layout, answers=0)
         divisor = mesh_lib.batch_divisor(mesh)
-        self._rows = -(-config.batch_size // divisor) * divisor
-        self._guided = MaskedDecoder(model, processor, mesh, context, lanes, sentence, config.rho_th, self._rows)
-        self._unguided = MaskedDecoder(model, processor, mesh, prompt, 1, whole, config.rho_th, self._rows)
+        up = lambda rows: -(-rows // divisor) * divisor  # noqa: E731
+        self._rows, self._unguided_rows = up(config.batch_size), up(-(-config.batch_size // 4) if config.guided else config.batch_size)
+        self._guided = MaskedDecoder(model, processor, mesh, context, lanes, sentence, config, self._rows)
+        self._unguided = MaskedDecoder(model, processor, mesh, prompt, 1, whole, config, self._unguided_rows)
         noise = views.parse(f"diffusion({config.noise_steps},pixel)") if config.noise_steps else None
-        self._new_pool = functools.partial(FeaturePool, model, processor, mesh, layout, self._rows, noise)
+        self._new_pool = functools.partial(FeaturePool, model, processor, mesh, layout, self._rows + self._unguided_rows, noise)
 
     def __call__(self, params: dict, records: Iterable[PreferenceRecord], draw: int = 0) -> Iterator[Outcome]:
-        """One outcome a record, in order. A few batches of records are held at a time, and no outcome depends on the others.
+        """One outcome a record, in order. A few batches of records are held at a time, and an outcome depends on its record alone.
+
+        To rounding, that is: batches of other sizes add in another order, which may turn a draw between two tokens that are as likely.
 
         Args:
           params: the policy's whole tree.
@@ -158,62 +156,53 @@ class BdhsSampler:
         Raises:
           UserError: a record without a reference answer, one with more sentences than there are lanes, or one that does not fit.
         """
-        pool, works = self._new_pool(), self._works(records, draw)
-        active: list[_Work] = []
-        done: dict[int, Outcome] = {}
-        given, upcoming = 0, next(works, None)
-        while active or upcoming is not None:
-            free = sorted(set(range(self._rows)) - {work.place for work in active})
-            rows = sum(len(work.contexts) for work in active)
-            admitted: list[_Work] = []
-            while upcoming is not None and free and (not rows or rows + len(upcoming.contexts) <= self._rows):
-                upcoming.place, rows = free.pop(0), rows + len(upcoming.contexts)
-                admitted.append(upcoming)
-                upcoming = next(works, None)
-            active += admitted
+        pool, schedule = self._new_pool(), Schedule(self._works(records, draw), self._rows, self._unguided_rows)
+        outcomes: dict[int, Outcome] = {}
+        again: list[Work] = []
+        given = 0
+        while schedule.going:
             # noise is drawn anew for every attempt
-            unlike = active if self._config.noise_steps else admitted
-            pool.put(params, {work.place: (work.record, work.prompt, self._number(draw, work.iteration)) for work in unlike}, self._config.seed)
-            guided = [work for work in active if work.contexts]
-            unguided = [work for work in active if not work.contexts]
-            attempts = self._attempt_guided(params, pool, guided, draw) if guided else iter(())
-            # an unguided attempt is long: it waits until it is not alone, but not for long
-            oldest = min(work.order for work in active)
-            if len(unguided) > self._rows // 4 or not guided or max(work.order for work in active) - oldest > 4 * self._rows:
-                attempts = itertools.chain(attempts, self._attempt_unguided(params, pool, unguided, draw))
-            for work, outcome in list(attempts):
+            unseen = schedule.admit() + (again if self._config.noise_steps else [])
+            entries = {work.place: (work.record, work.prompt, self._number(draw, work.iteration)) for work in unseen}
+            pool.put(params, entries, self._config.seed)
+            attempts = self._attempt_guided(params, pool, schedule.guided(), draw)
+            attempts += self._attempt_unguided(params, pool, schedule.unguided(), draw)
+            again = []
+            for attempt, outcome in zip(attempts, self._judge(attempts, draw), strict=True):
+                work = attempt.work
                 if outcome.accepted or work.iteration == self._config.n_iter:
-                    done[work.order] = outcome
-                    active.remove(work)
+                    outcomes[work.order] = outcome
+                    schedule.done(work)
                 else:
                     work.iteration += 1
                     self._plan(work, draw)
-            while given in done:
-                yield done.pop(given)
+                    again.append(work)
+            while given in outcomes:
+                yield outcomes.pop(given)
                 given += 1
 
-    def _works(self, records: Iterable[PreferenceRecord], draw: int) -> Iterator[_Work]:
+    def _works(self, records: Iterable[PreferenceRecord], draw: int) -> Iterator[Work]:
         limits = {"max_pixels": self._layout.max_pixels, "max_bytes": self._layout.max_bytes}
         for order, record in enumerate(records):
             reference = Reference.read(reference_of(record).text, self._processor)
             if len(reference.spans) > self._lanes:
                 raise UserError(f"record {record.id}: the reference has {len(reference.spans)} sentences, there are {self._lanes} lanes")
-            work = _Work(order, record, reference, tokenize(record, None, self._processor, 0, **limits))
+            work = Work(order, record, reference, tokenize(record, None, self._processor, 0, **limits))
             self._plan(work, draw)
             yield work
 
-    def _plan(self, work: _Work, draw: int) -> None:
+    def _plan(self, work: Work, draw: int) -> None:
         """Splits every sentence for the work's iteration. An unguided attempt, as the last of several is, has no contexts."""
         config, work.plan, work.contexts = self._config, (), ()
         if work.iteration == config.n_iter > 1 or not config.guided:
             return
         randoms = (_generator(config.seed, work.record, draw, work.iteration, number) for number in range(len(work.reference.spans)))
-        splits = (draw_split(work.reference, number, config.yes_no_swap, one, self._processor) for number, one in enumerate(randoms))
-        work.plan = list(splits)
+        options = {"swap_probability": config.yes_no_swap, "processor": self._processor, "unit": config.split_unit}
+        work.plan = [draw_split(work.reference, number, random=one, **options) for number, one in enumerate(randoms)]
         # a swapped yes or no needs a row with that context; a reference of which nothing is left to write still is a row
         work.contexts = list(dict.fromkeys(split.context for split in work.plan if split.tokens is not None)) or [work.reference.text]
 
-    def _attempt_guided(self, params: dict, pool: FeaturePool, works: list[_Work], draw: int) -> Iterator[tuple[_Work, Outcome]]:
+    def _attempt_guided(self, params: dict, pool: FeaturePool, works: list[Work], draw: int) -> list[_Attempt]:
         """Completes every sentence from its split."""
         jobs, owners = [], []
         for owner, work in enumerate(works):
@@ -226,40 +215,50 @@ class BdhsSampler:
         lanes_of: list[dict] = [{} for _ in works]
         for owner, lanes in zip(owners, self._guided(params, pool.features, jobs, self._config.seed), strict=True):
             lanes_of[owner] |= lanes
+        attempts = []
         for work, lanes in zip(works, lanes_of, strict=True):
             texts = [split.join(self._text_behind(lanes[split.sentence].tokens) if split.sentence in lanes else "") for split in work.plan]
             unfinished = sum(not lane.stopped for lane in lanes.values())
-            yield work, self._judge(work, "".join(texts), unfinished, draw, tuple(texts))
+            attempts.append(_Attempt(work, "".join(texts), unfinished, tuple(texts)))
+        return attempts
 
-    def _attempt_unguided(self, params: dict, pool: FeaturePool, works: list[_Work], draw: int) -> Iterator[tuple[_Work, Outcome]]:
+    def _attempt_unguided(self, params: dict, pool: FeaturePool, works: list[Work], draw: int) -> list[_Attempt]:
         """Answers the prompt from its beginning."""
         jobs = [Job(work.record, work.prompt, work.place, self._number(draw, work.iteration), {0: 0}) for work in works]
-        for work, lanes in zip(works, self._unguided(params, pool.features, jobs, self._config.seed), strict=True):
-            yield work, self._judge(work, self._processor.decode(lanes[0].tokens), int(not lanes[0].stopped), draw)
+        written = [lanes[0] for lanes in self._unguided(params, pool.features, jobs, self._config.seed)]
+        texts = [self._processor.decode(lane.tokens) for lane in written]
+        return [_Attempt(work, text, int(not lane.stopped)) for work, text, lane in zip(works, texts, written, strict=True)]
 
-    def _judge(self, work: _Work, text: str, unfinished: int, draw: int, sentences: tuple[str, ...] | None = None) -> Outcome:
-        clean = work.reference.text
-        before, behind = clean[: len(clean) - len(clean.lstrip())], clean[len(clean.rstrip()) :]
-        rejected, problem = before + text.strip() + behind, ""
-        try:
-            self._processor.answer(rejected)
-        except UserError as error:
-            problem = str(error)
-        similarity = self._similarity(rejected, clean)
-        return Outcome(
-            record=work.record,
-            reference=reference_of(work.record),
-            rejected=rejected,
-            sentences=sentences,
-            splits=None if sentences is None else tuple(len(split.kept) for split in work.plan),
-            swapped=tuple(split.sentence for split in work.plan if split.swapped),
-            draw=draw,
-            iteration=work.iteration,
-            similarity=similarity,
-            accepted=similarity < self._config.eps and not problem,
-            unfinished=unfinished,
-            problem=problem,
-        )
+    def _judge(self, attempts: Sequence[_Attempt], draw: int) -> list[Outcome]:
+        """An outcome each, were it to end here. All are measured together, for the encoder's sake."""
+        texts = []
+        for attempt in attempts:
+            clean = attempt.work.reference.text
+            before, behind = clean[: len(clean) - len(clean.lstrip())], clean[len(clean.rstrip()) :]
+            texts.append((before + attempt.text.strip() + behind, clean))
+        out = []
+        for attempt, (rejected, _), similarity in zip(attempts, texts, self._similarities(texts), strict=True):
+            work, problem = attempt.work, ""
+            try:
+                self._processor.answer(rejected)
+            except UserError as error:
+                problem = str(error)
+            outcome = Outcome(
+                record=work.record,
+                reference=reference_of(work.record),
+                rejected=rejected,
+                sentences=attempt.sentences,
+                splits=None if attempt.sentences is None else tuple(len(split.kept) for split in work.plan),
+                swapped=tuple(split.sentence for split in work.plan if split.swapped),
+                draw=draw,
+                iteration=work.iteration,
+                similarity=similarity,
+                accepted=similarity < self._config.eps and not problem,
+                unfinished=attempt.unfinished,
+                problem=problem,
+            )
+            out.append(outcome)
+        return out
 
     def _text_behind(self, tokens: np.ndarray) -> str:
         """The text of tokens that follow others: a tokenizer drops the space of a first token, so a full stop stands in front."""
@@ -268,6 +267,12 @@ class BdhsSampler:
     def _number(self, draw: int, iteration: int) -> int:
         """One number for each attempt at a record."""
         return draw * self._config.n_iter + iteration
+
+
+def _ends(processor: Processor, stop: str) -> tuple[int, ...]:
+    """The tokens that end a sentence."""
+    ids = processor.sentence_end_ids
+    return ids if stop == "sentence" else tuple(one for one in ids if processor.decode([one]).rstrip(CLOSING).endswith("."))
 
 
 def _generator(seed: int, record: PreferenceRecord, draw: int, iteration: int, sentence: int) -> np.random.Generator:

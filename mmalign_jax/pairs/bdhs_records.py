@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from mmalign_jax.config import PairsConfig
 from mmalign_jax.pairs.bdhs import BdhsSampler, Outcome
 from mmalign_jax.pairs.sentences import split_sentences
-from mmalign_jax.types import Preference, PreferenceRecord, Response
+from mmalign_jax.types import PreferenceRecord, Response
 
 
 def to_records(outcome: Outcome, config: PairsConfig) -> list[PreferenceRecord]:
@@ -24,24 +24,25 @@ def to_records(outcome: Outcome, config: PairsConfig) -> list[PreferenceRecord]:
         return []
     meta = {**record.meta, "bdhs": _draws(outcome, config)}
     changes = {"prefs": (outcome.preference,), "meta": meta}
-    written = Response(outcome.rejected, source="bdhs")
+    rejected = Response(outcome.rejected, source="bdhs")
     if config.gamma:
         own = record.prefs[0]
-        responses, prefs = (reference, record.responses[own.lose]), (Preference(0, 1, 2 * config.gamma, own.margin),)
+        responses = (reference, record.responses[own.lose])
+        prefs = (dataclasses.replace(own, win=0, lose=1, weight=2 * config.gamma * own.weight),)
         if outcome.changed:
-            prefs += (dataclasses.replace(outcome.preference, lose=2, weight=2 * (1 - config.gamma)),)
-            responses += (written,)
+            responses += (rejected,)
+            prefs += (dataclasses.replace(outcome.preference, lose=2, weight=2 * (1 - config.gamma) * own.weight),)
         return [dataclasses.replace(record, responses=responses, prefs=prefs, meta=meta)]
     if not config.per_sentence or outcome.sentences is None:
-        return [dataclasses.replace(record, responses=(reference, written), **changes)]
+        return [dataclasses.replace(record, responses=(reference, rejected), **changes)]
     spans, out = split_sentences(reference.text), []
     for number, ((start, end), written) in enumerate(zip(spans, outcome.sentences, strict=True)):
         before, clean = reference.text[:start], reference.text[start:end]
         if not written.strip() or written.split() == clean.split():
             continue
         # white space at the end of the whole answer is no difference between the two
-        rejected = before + written + clean[len(clean.rstrip()) :]
-        responses = (Response(before + clean, source=reference.source), Response(rejected, source="bdhs"))
+        whole = before + written + clean[len(clean.rstrip()) :]
+        responses = (Response(before + clean, source=reference.source), Response(whole, source="bdhs"))
         part = {"id": f"{record.id}/s{number}", "responses": responses, "prefix": before, "complete": end == len(reference.text)}
         out.append(dataclasses.replace(record, **part, **changes))
     return out
@@ -51,6 +52,7 @@ def _draws(outcome: Outcome, config: PairsConfig) -> dict:
     """What it takes to make the outcome again with the same policy, and how it came out. JSON has all of it."""
     settings = (
         "seed", "rho_th", "noise_steps", "guided", "n_iter", "eps", "temperature", "top_p", "max_sentence_tokens", "yes_no_swap", "similarity",
+        "max_answer_tokens", "mask_scope", "split_unit", "stop",
     )  # fmt: skip
     found = ("draw", "iteration", "similarity", "accepted", "unfinished")
     return {
@@ -68,7 +70,7 @@ class Statistics:
     """Counts over records: `records == unchanged + unusable +` those that gave new pairs (one each, unless they are made per sentence).
 
     Args:
-      pairs: preference records; with `config.gamma` also those that hold nothing but the set's own pair.
+      pairs: preference records with a new pair; with `config.gamma` there are others that hold the set's own pair alone.
       unchanged: no new pair, because nothing was said that the reference does not say.
       unusable: no new pair, because the tokenizer cannot read the last attempt back.
       unfinished: lanes that ran out of slots before they ended.
@@ -88,7 +90,7 @@ class Statistics:
         return Statistics(
             records=self.records + 1,
             pairs=self.pairs + pairs,
-            unchanged=self.unchanged + (not outcome.problem and not (outcome.changed and pairs)),
+            unchanged=self.unchanged + (not pairs and not outcome.problem),
             unusable=self.unusable + bool(outcome.problem),
             unfinished=self.unfinished + outcome.unfinished,
             by_iteration=dict(sorted(iterations.items())),
@@ -102,5 +104,5 @@ def make_pairs(
     statistics = Statistics()
     for outcome in sampler(params, records):
         pairs = to_records(outcome, config)
-        statistics = statistics.plus(outcome, len(pairs))
+        statistics = statistics.plus(outcome, len(pairs) if outcome.changed else 0)
         yield pairs, statistics

@@ -1,7 +1,7 @@
 """Answers that are written while most image tokens are hidden: the device part of BDHS.
 
-Images are encoded once a record (`FeaturePool`), whatever number of attempts and contexts it takes. Hidden image tokens are not
-computed at all: a row's prefix shrinks to what is visible of it.
+Images are encoded once a record (`FeaturePool`; under noise once an attempt), whatever number of contexts it takes. The decoder does not
+compute hidden image tokens: a row's prefix shrinks to what is visible of it.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt, UInt8
 
 from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.config import PairsConfig
 from mmalign_jax.data.device import to_device
 from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out_pictures, lay_out_tokens, stack_rows
 from mmalign_jax.hf.processor import Processor
@@ -109,15 +110,24 @@ class MaskedDecoder:
     Args:
       layout: of rows with one answer (the context), or with none when all lanes start behind the prompt.
       lanes: S, lane numbers are below it.
-      rho_th: probability that an image token is hidden.
+      config: of it `rho_th` and `mask_scope`.
       rows: of a device batch, a multiple of what the mesh splits.
     """
 
     def __init__(
-        self, model: Mllm, processor: Processor, mesh: Mesh, layout: RowLayout, lanes: int, options: DecodeOptions, rho_th: float, rows: int
+        self,
+        model: Mllm,
+        processor: Processor,
+        mesh: Mesh,
+        layout: RowLayout,
+        lanes: int,
+        options: DecodeOptions,
+        config: PairsConfig,
+        rows: int,
     ):
         self._model, self._processor, self._mesh, self._layout, self._lanes = model, processor, mesh, layout, lanes
-        self._options, self._rho_th, self._rows = options, np.float32(rho_th), rows
+        self._options, self._rows = options, rows
+        self._rho_th, self._whole = np.float32(config.rho_th), config.mask_scope == "text"
 
     def __call__(self, params: dict, features: Float[Array, "N F U"], jobs: Sequence[Job], seed: int) -> list[dict[int, Written]]:
         """What every job's lanes wrote, by lane number.
@@ -146,8 +156,9 @@ class MaskedDecoder:
             on_device = to_device((batch, LaneStart(slot, active), place, number), self._mesh, batch_axis=0)
             batch, start, place, number = on_device
             mask_key, sample_key = jax.random.split(jax.random.key(seed))
-            visible, most = _visible(batch, mask_key, number, self._rho_th)
-            slots = next(length for length in _lengths(self._layout.prefix_slots) if length >= int(most))
+            visible, most = _visible(batch, start, mask_key, number, self._rho_th)
+            # what image tokens still see of each other has to be computed
+            slots = None if self._whole else next(length for length in _lengths(self._layout.prefix_slots) if length >= int(most))
             complete = functools.partial(_complete, self._model, self._options, slots)
             samples = jax.device_get(complete(params, features, place, batch, visible, start, number, sample_key))
 
@@ -197,23 +208,27 @@ def _rows_of(values: Float[Array, "N F U"], index: Int[Array, " B"]) -> Float[Ar
 
 @jax.jit
 def _visible(
-    batch: PairBatch, key: Array, number: Int[Array, " B"], rho_th: Float[Array, ""]
+    batch: PairBatch, start: LaneStart, key: Array, number: Int[Array, " B"], rho_th: Float[Array, ""]
 ) -> tuple[Bool[Array, "B T"], Int[Array, ""]]:
-    """One mask a row, shared by its lanes and steps (arXiv 2407.02477, eq. 6), and the most slots of a prefix that have to be computed."""
+    """One mask a row, shared by its lanes and steps (arXiv 2407.02477, eq. 6), and the most slots of a prefix that have to be computed.
+
+    Rows without an active lane, which fill the batch, do not count; what is cut off of them is read by nobody.
+    """
     row_keys = lane_keys(key, batch.record_key, number, 1)[:, 0]
     keep = jax.vmap(lambda one: jax.random.uniform(one, batch.tokens.shape[1:]) >= rho_th)(row_keys)
     # by the image token's number in its row, so that neither the words around it nor the slots have a say
     is_image = batch.image_index >= 0
     ordinal = jnp.maximum(jnp.cumsum(is_image, axis=1) - 1, 0)
     visible = ~is_image | jnp.take_along_axis(keep, ordinal, axis=1)
-    return visible, jnp.max(jnp.sum(kept_slots(batch, visible), axis=1))
+    needed = jnp.sum(kept_slots(batch, visible), axis=1)
+    return visible, jnp.max(jnp.where(jnp.any(start.active, axis=1), needed, 0))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _complete(
     model: Mllm,
     options: DecodeOptions,
-    prefix_slots: int,
+    prefix_slots: int | None,
     params: dict,
     pool: Float[Array, "N F U"],
     place: Int[Array, " B"],
@@ -223,9 +238,14 @@ def _complete(
     number: Int[Array, " B"],
     key: Array,
 ) -> Samples:
-    """Prefill of what is visible, and decode, of one device batch."""
-    shown, seen, now_at = without_hidden(batch, visible, prefix_slots)
-    start = LaneStart(jax.vmap(lambda values, slot: values[slot])(now_at, start.slot), start.active)
-    prefill = model.prefill(params, _rows_of(pool, place), shown, seen)
+    """Prefill and decode of one device batch.
+
+    Args:
+      prefix_slots: to which prefixes shrink; None: image tokens see all of each other, and text what is visible of them.
+    """
+    if prefix_slots is not None:
+        batch, visible, now_at = without_hidden(batch, visible, prefix_slots)
+        start = LaneStart(jax.vmap(lambda values, slot: values[slot])(now_at, start.slot), start.active)
+    prefill = model.prefill(params, _rows_of(pool, place), batch, visible, images_see_all=prefix_slots is None)
     keys = lane_keys(key, batch.record_key, number, start.slot.shape[1])
-    return decode_lanes(model, params, prefill, shown, start, keys, options, seen)
+    return decode_lanes(model, params, prefill, batch, start, keys, options, visible)

@@ -22,7 +22,7 @@ from mmalign_jax.report.console import Console
 from mmalign_jax.types import PreferenceRecord
 
 VERSION = 2  # raised whenever the same model, records and settings make other pairs than before
-_NO_MATTER = ("maker", "when", "batch_size")  # settings of config.pairs on which no pair depends
+_NO_MATTER = ("maker", "when", "batch_size", "encoder")  # settings of config.pairs on which no pair depends; the encoder's files do count
 _MATTER = ("on_long_row", "prefix_tokens", "answer_tokens")  # settings of config.data that say which records give pairs
 _SMALL_FILES = (".json", ".jinja", ".txt", ".model")  # of a model: sizes, tokenizer, template, processor
 
@@ -46,8 +46,8 @@ class References:
         reference = reference_of(record)
         if not self.keep_rejected:
             return dataclasses.replace(record, responses=(reference,), prefs=())
-        if not record.prefs:
-            raise UserError(f"config.pairs.gamma: record {record.id} has no rejected answer of its own; leave it 0")
+        if len(record.prefs) != 1:
+            raise UserError(f"config.pairs.gamma: record {record.id} has {len(record.prefs)} rejected answers of its own, not one; leave it 0")
         own = record.prefs[0]
         return dataclasses.replace(record, responses=(reference, record.responses[own.lose]), prefs=(dataclasses.replace(own, win=0, lose=1),))
 
@@ -107,7 +107,8 @@ def identity(policy: Pretrained, records: builder.RecordSource, config: Config) 
     """
     settings = {name: value for name, value in dataclasses.asdict(config.pairs).items() if name not in _NO_MATTER}
     limits = {name: getattr(config.data, name) for name in _MATTER}
-    files = _model_files(policy.path) + (_model_files(Path(policy.adapter)) if policy.adapter else [])
+    others = [Path(directory) for directory in (policy.adapter, config.pairs.encoder) if directory]
+    files = [file for directory in (policy.path, *others) for file in _model_files(directory)]
     parts = [VERSION, files, policy.model.dtype, records.prepared.fingerprint, settings, limits]
     return json.dumps(parts, sort_keys=True)
 

@@ -2,8 +2,9 @@
 
 import re
 
-# closing quotes and brackets belong to the sentence, as they do in the tokens that end one (`Processor.sentence_end_ids`)
-_END = re.compile(r"[.!?]+[\"'”’)\]]*(?=\s|$)")
+# they belong to the sentence, as they do in the tokens that end one (`Processor.sentence_end_ids`)
+CLOSING = "\"'”’)]"
+_END = re.compile(rf"[.!?]+[{re.escape(CLOSING)}]*(?=\s|$)")
 # arXiv 2407.02477 tests `^[\s]*(Yes|yes|No|no)`, which also fires on "Not", "None", "North" and "No-one": a boundary is added
 _YES_NO = re.compile(r"^\s*(Yes|yes|No|no)\b(?![-'’])")
 _SWAP = {"Yes": "No", "yes": "no", "No": "Yes", "no": "yes"}

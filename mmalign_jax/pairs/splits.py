@@ -48,8 +48,12 @@ class Split:
         return self.kept + written.lstrip() if written.strip() else ""
 
 
-def draw_split(reference: Reference, number: int, swap_probability: float, random: np.random.Generator, processor: Processor) -> Split:
+def draw_split(
+    reference: Reference, number: int, swap_probability: float, random: np.random.Generator, processor: Processor, unit: str = "word"
+) -> Split:
     """Splits a sentence before a word drawn uniformly, words being what white space separates; it may be the first one.
+
+    With `unit` "token" it may be any token, inside of words too.
 
     A leading yes or no is exchanged with `swap_probability`. Then the split lies behind the exchanged word, or else the policy would
     write it anew; a full stop right behind it may be written anew too.
@@ -65,7 +69,8 @@ def draw_split(reference: Reference, number: int, swap_probability: float, rando
         source = Reference.read(reference.text[:start] + swap[0], processor)
         behind, end = start + swap[1], len(source.text)
     inside = _tokens_inside(source, start, end)
-    choices = [index for index in inside if _starts_word(source, index) and source.answer.spans[index, 0] >= behind]
+    starts = {"word": _starts_word, "token": _starts_token}[unit]
+    choices = [index for index in inside if starts(source, index) and source.answer.spans[index, 0] >= behind]
     if swapped:
         choices += [index for index in inside if source.answer.spans[index, 0] >= behind][:1]
     choices = sorted({_before_space(source, index, inside[0]) for index in choices})
@@ -87,8 +92,13 @@ def _starts_word(source: Reference, index: int) -> bool:
     """Whether the token begins with a character behind white space, or with the answer; never in the middle of a character's bytes."""
     start, stop = map(int, source.answer.spans[index])
     first = start + len(source.text[start:stop]) - len(source.text[start:stop].lstrip())
-    fresh = index == 0 or start >= int(source.answer.spans[index - 1, 1])
-    return first < stop and fresh and not source.text[:first][-1:].strip()
+    return _starts_token(source, index) and first < stop and not source.text[:first][-1:].strip()
+
+
+def _starts_token(source: Reference, index: int) -> bool:
+    """Whether the token begins with a character of its own, and is more than white space."""
+    start, stop = map(int, source.answer.spans[index])
+    return bool(source.text[start:stop].strip()) and (index == 0 or start >= int(source.answer.spans[index - 1, 1]))
 
 
 def _before_space(source: Reference, index: int, first: int) -> int:

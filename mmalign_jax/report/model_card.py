@@ -14,7 +14,10 @@ FILE = "README.md"
 PACKAGE = "mmalign_jax"
 _PAPERS = {"bdhs": "2407.02477"}
 _LICENCE = ("license", "license_name", "license_link")
-_BDHS = ("rho_th", "n_iter", "eps", "temperature", "top_p", "max_sentence_tokens", "yes_no_swap", "per_sentence", "similarity", "seed")
+_BDHS = (
+    "rho_th", "noise_steps", "guided", "n_iter", "eps", "temperature", "top_p", "max_sentence_tokens", "yes_no_swap", "per_sentence", "gamma",
+    "max_answer_tokens", "mask_scope", "split_unit", "stop", "similarity", "seed",
+)  # fmt: skip
 _MOST_FRONT_MATTER = 1 << 16  # characters
 
 _LOADING = """```python

@@ -23,17 +23,20 @@ class RunScores:
 
 
 def read_runs(root: Path) -> tuple[RunScores, ...]:
-    """The finished runs under a directory, and first what those measured before training that did (`eval.before`).
+    """The finished runs under a directory, and first what was measured of each model before training (`eval.before`).
 
     Raises:
       UserError: there are none.
     """
-    before, after = [], []
+    before: list[RunScores] = []
+    after: list[RunScores] = []
     for file in sorted(root.glob("*/summary.json")):
         config, summary = read_json(file.parent / "config.json"), read_json(file)
         seed, rows = config["train"]["seed"], summary["scores"]
-        if any(row["before"] for row in rows):
-            before.append(RunScores(BEFORE, seed, _values(rows, "before")))
+        values = _values(rows, "before")
+        # runs that start from the same model measure the same
+        if values and not any(one.scores == values for one in before):
+            before.append(RunScores(f"{BEFORE}, {Path(config['model']['path']).name}", seed, values))
         after.append(RunScores(label_of(config), seed, _values(rows, "after"), summary["steps"], config["train"]["batch_size"]))
     if not after:
         raise UserError(f"{root}: no finished run (no */summary.json)")

@@ -194,7 +194,7 @@ def test_trl_jsonl(tmp_path):
 def test_trl_scores_and_margins(tmp_path):
     row = {"prompt": [user("Q?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
     scores = {"score_chosen": 3, "score_rejected": 0.5}
-    given = [{}, scores, scores | {"margin": 7.0}, {"margin": 0.25, "score_chosen": 1}, {"margin": "big"}, {"score_chosen": True}]
+    given = [{}, scores, scores | {"margin": "7"}, {"margin": 0.25, "score_chosen": 1}, {"margin": "big"}, {"score_chosen": True}]
     *good, word, truth = rows(jsonl(tmp_path / "a.jsonl", [row | more for more in given]))
     assert [one.prefs[0].margin for one in good] == [0.0, 2.5, 7.0, 0.25]
     assert [[answer.score for answer in one.responses] for one in good] == [[None, None], [3.0, 0.5], [3.0, 0.5], [1.0, None]]

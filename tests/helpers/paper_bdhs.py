@@ -44,8 +44,13 @@ class Paper:
         keys[is_image] = visible[: is_image.sum()]
         new = []
         while len(new) < most and (not new or new[-1] not in stops):
-            mask = torch.tensor([[*keys.tolist(), *[1] * len(new)]])
-            positions = torch.arange(mask.shape[1])[None]
+            seen = torch.tensor([*keys.tolist(), *[1] * len(new)], dtype=torch.bool)
+            allowed = torch.tril(torch.ones(len(seen), len(seen), dtype=torch.bool)) & seen[None]
+            if self.config.mask_scope == "text":  # image tokens see all image tokens before them
+                of_image = torch.tensor([*is_image.tolist(), *[False] * len(new)])
+                allowed |= torch.tril(of_image[:, None] & of_image[None])
+            mask = torch.where(allowed | torch.eye(len(seen), dtype=torch.bool), 0.0, -1e30)[None, None]
+            positions = torch.arange(len(seen))[None]
             hidden = self.torch.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
             logits = self.torch.lm_head(hidden.last_hidden_state[0, -1]).numpy()
             logits[list(self.processor.banned_ids)] = -np.inf
@@ -62,7 +67,7 @@ class Paper:
             key = jax.random.fold_in(key, number)
         return np.asarray(jax.random.uniform(key, (1000,))) >= self.config.rho_th
 
-    def __call__(self, record, sentences, slots, draw=0):
+    def __call__(self, record, sentences, draw=0):
         """(rejected answer, iteration); `sentences` are those of the reference, the space in front of each included."""
         c, eos, reference = self.config, set(self.processor.eos_ids), record.responses[0].text
         space = reference[: len(reference) - len(reference.lstrip())], reference[len(reference.rstrip()) :]
@@ -70,7 +75,7 @@ class Paper:
             visible = self.mask(record, draw, iteration)
             last = iteration == c.n_iter
             if not c.guided or (last and c.n_iter > 1):
-                text = self.text_behind(self.generate(record, visible, "", eos, slots))
+                text = self.text_behind(self.generate(record, visible, "", eos, c.max_answer_tokens))
                 rejected = space[0] + text.strip() + space[1]
                 if last or self.similarity(rejected, reference) < c.eps:
                     return rejected, iteration

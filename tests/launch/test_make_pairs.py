@@ -13,7 +13,7 @@ from mmalign_jax.data.sources.source import Source
 
 SCENES_SFT = ROOT / "mmalign_jax" / "assets" / "scenes_sft"
 CONFIG = ROOT / "configs" / "pairs" / "bdhs.py"
-SETTINGS = ("n_iter=2", "max_sentence_tokens=4", "batch_size=4", "temperature=0.0")
+SETTINGS = ("n_iter=2", "max_sentence_tokens=4", "max_answer_tokens=8", "batch_size=4", "temperature=0.0")
 
 
 def command(model, data, out, *more):

@@ -20,14 +20,15 @@ from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.data.records import to_example
 from mmalign_jax.data.validate import check_record
 from mmalign_jax.errors import DataError, UserError
+from mmalign_jax.pairs import bdhs
 from mmalign_jax.pairs.bdhs import BdhsSampler
 from mmalign_jax.pairs.bdhs_records import make_pairs, to_records
 from mmalign_jax.pairs.masked_decode import FeaturePool
 from mmalign_jax.pairs.sentences import split_sentences
-from mmalign_jax.pairs.similarity import MEASURES, ngram_cosine
+from mmalign_jax.pairs.similarity import ngram_cosine
 from mmalign_jax.types import Media, Preference, Response
 
-GREEDY = PairsConfig(maker="bdhs", rho_th=0.7, n_iter=3, eps=0.3, temperature=0.0, max_sentence_tokens=6, batch_size=4, seed=6)
+GREEDY = PairsConfig(maker="bdhs", rho_th=0.7, n_iter=3, eps=0.3, temperature=0.0, max_sentence_tokens=6, max_answer_tokens=20, batch_size=4, seed=6)
 DRAWN = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, eps=0.2)
 
 # name -> the record and its sentences, written out by hand
@@ -100,9 +101,8 @@ def outcomes(sampler_of):
 
 def agree(tiny, config, outcomes, records, draw=0):
     paper = Paper(tiny, config, ngram_cosine)
-    slots = plan_rows(build(), tiny.processor, DataConfig(), answers=1).layout.answer_slots
     for one, outcome in zip(records, outcomes, strict=True):
-        assert (outcome.rejected, outcome.iteration) == paper(one, RECORDS[one.id][0], slots, draw), one.id
+        assert (outcome.rejected, outcome.iteration) == paper(one, RECORDS[one.id][0], draw), one.id
 
 
 def test_the_paper_with_retries(tiny, outcomes):
@@ -114,7 +114,10 @@ def test_the_paper_with_retries(tiny, outcomes):
     assert not all(outcome.unfinished == len(outcome.splits or (0,)) for outcome in outcomes)
 
 
-@pytest.mark.parametrize("changes", [{"n_iter": 1}, {"n_iter": 1, "rho_th": 0.0}, {"rho_th": 1.0, "yes_no_swap": 1.0}, {"guided": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_iter": 1}, {"n_iter": 1, "rho_th": 0.0}, {"rho_th": 1.0, "yes_no_swap": 1.0}, {"guided": False}, {"mask_scope": "text", "n_iter": 1}],
+)
 def test_the_paper_in_its_special_cases(tiny, sampler_of, changes):
     config = dataclasses.replace(GREEDY, **changes)
     found = sampler_of(config)(build(), draw=2)
@@ -147,7 +150,7 @@ def test_batch_order_and_mesh_do_not_matter(sampler_of):
 
 
 def test_noise_is_drawn_anew_for_every_attempt(sampler_of, monkeypatch):
-    monkeypatch.setitem(MEASURES, "ngram", lambda a, b: 1.0)  # nothing is accepted before the end
+    monkeypatch.setattr(bdhs, "measure_of", lambda config: lambda pairs: [1.0] * len(pairs))  # nothing is accepted before the end
     config = dataclasses.replace(GREEDY, rho_th=0.0, noise_steps=900, batch_size=8, guided=False, eps=0.5)
     put, seen = FeaturePool.put, []
 
@@ -196,6 +199,12 @@ def test_no_special_token_is_written(tiny, sampler_of, monkeypatch):
     list(run.sampler(params, build()))
     assert len(set(seen)) > 10 and not set(seen) & set(tiny.processor.banned_ids)
     assert set(tiny.processor.banned_ids) >= {0, 1, 3, 4}
+
+
+def test_what_ends_a_sentence(tiny):
+    processor = dataclasses.replace(tiny.processor, sentence_end_ids=tuple(int(tiny.processor.answer(mark).ids[-2]) for mark in ".!?"))
+    assert bdhs._ends(processor, "sentence") == processor.sentence_end_ids
+    assert bdhs._ends(processor, "full_stop") == processor.sentence_end_ids[:1]
 
 
 def test_texts_of_guided_answers(outcomes):

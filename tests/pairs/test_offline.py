@@ -23,7 +23,7 @@ from mmalign_jax.report.console import Console
 from mmalign_jax.types import Preference, Response
 
 MESH = mesh_lib.make_mesh(devices=jax.devices()[:1])
-PAIRS = PairsConfig(maker="bdhs", rho_th=0.7, n_iter=2, max_sentence_tokens=4, batch_size=4)
+PAIRS = PairsConfig(maker="bdhs", rho_th=0.7, n_iter=2, max_sentence_tokens=4, max_answer_tokens=16, batch_size=4)
 CONFIG = Config(pairs=PAIRS, data=DataConfig(workers=0))
 RECORDS = [record(f"r{number}", "What is it?", f"A cup. {number} dogs.", images=[number]) for number in range(5)]
 
@@ -80,20 +80,20 @@ def test_made_once_and_the_same_from_references_and_from_pairs(policy, tmp_path)
 
 def test_the_sets_own_rejected_answers_by_gamma(policy, tmp_path):
     config = dataclasses.replace(CONFIG, pairs=dataclasses.replace(PAIRS, gamma=0.25))
-    own = [dataclasses.replace(one, responses=(Response("A cat."), *one.responses), prefs=(Preference(1, 0, margin=3.0),)) for one in RECORDS]
+    own = [dataclasses.replace(one, responses=(Response("A cat."), *one.responses), prefs=(Preference(1, 0, 0.5, 3.0),)) for one in RECORDS]
     made, _ = make(policy, prepared(tmp_path / "set", own), tmp_path / "pairs", config)
     plain, _ = make(policy, prepared(tmp_path / "references"), tmp_path / "plain")
     rejected = {pair.id: (pair.responses[1].text, pair.prefs[0].margin) for pair in pairs_of(plain)}
     assert 0 < len(rejected) and made.statistics.unchanged + made.statistics.unusable == len(RECORDS) - len(rejected)
     for pair, record_ in zip(pairs_of(made), RECORDS, strict=True):
         assert [one.text for one in pair.responses[:2]] == [record_.responses[0].text, "A cat."]
-        assert pair.prefs[0] == Preference(0, 1, 0.5, 3.0)
+        assert pair.prefs[0] == Preference(0, 1, 0.25, 3.0)
         if record_.id in rejected:
             text, margin = rejected[record_.id]
-            assert pair.responses[2].text == text and pair.prefs[1:] == (Preference(0, 2, 1.5, margin),)
+            assert pair.responses[2].text == text and pair.prefs[1:] == (Preference(0, 2, 0.75, margin),)
         else:
             assert len(pair.responses) == 2 and len(pair.prefs) == 1
-    with pytest.raises(UserError, match="config.pairs.gamma: record r0 has no rejected answer of its own"):
+    with pytest.raises(UserError, match="config.pairs.gamma: record r0 has 0 rejected answers of its own, not one"):
         make(policy, prepared(tmp_path / "references"), tmp_path / "none", config)
 
 
@@ -184,8 +184,9 @@ def test_identity_of_settings_and_records(policy, tmp_path):
     changes = {
         "rho_th": 0.5, "n_iter": 3, "eps": 0.5, "temperature": 0.5, "top_p": 0.5, "max_sentence_tokens": 5, "yes_no_swap": 0.1,
         "per_sentence": True, "similarity": "another", "seed": 1, "noise_steps": 5, "guided": False, "gamma": 0.5,
+            "max_answer_tokens": 9, "mask_scope": "text", "split_unit": "token", "stop": "full_stop",
     }  # fmt: skip
-    assert fields == changes.keys() | {"maker", "when", "batch_size"}
+    assert fields == changes.keys() | {"maker", "when", "batch_size", "encoder"}
     others = [identity(**{name: value}) for name, value in changes.items()]
     others += [identity(dtype="bfloat16"), identity(data={"answer_tokens": 64}), identity(data={"on_long_row": "drop"})]
     others += [identity(records=prepared(tmp_path / "other", RECORDS[:2], "2"))]

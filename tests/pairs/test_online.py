@@ -20,7 +20,7 @@ from mmalign_jax.types import PairBatch, Preference, Response, record_key
 
 RECORDS = [record(color, "What is there?", f"A {color} cat. Yes.", images=[len(color)]) for color in ("red", "blue", "green")]
 TRAIN = TrainConfig(batch_size=4, accumulate=2, seed=3)
-PAIRS = PairsConfig(maker="bdhs", when="online", rho_th=0.5, n_iter=2, max_sentence_tokens=4, batch_size=4)
+PAIRS = PairsConfig(maker="bdhs", when="online", rho_th=0.5, n_iter=2, max_sentence_tokens=4, max_answer_tokens=16, batch_size=4)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -83,6 +83,16 @@ def test_every_start_of_a_word_is_a_split_and_nothing_else(processor):
         assert split.context == text and not split.swapped
 
 
+def test_tokens_as_the_unit(processor):
+    text = "There is a red cat. Four café!"
+    reference = Reference.read(text, processor)
+    splits = [draw_split(reference, 1, 0.0, np.random.default_rng(seed), processor, "token") for seed in range(200)]
+    words = {split.kept for split in splits_of(text, 1, processor)}
+    assert words < {split.kept for split in splits}
+    for split in splits:
+        assert (" Four café!").startswith(split.kept) and processor.decode(split.tokens) == (text[:19] + split.kept).strip()
+
+
 def test_draws_are_uniform(processor):
     text = "A cat is on a table."
     reference = Reference.read(text, processor)

@@ -14,7 +14,8 @@ STEPS = 12
 # A pair run end to end on a small world: BDHS pairs from a model with random weights, then mDPO, which also draws views
 SETTINGS = {
     "train.steps": STEPS, "train.batch_size": 4, "train.accumulate": 2, "train.log_every": 1, "checkpoint.every": 3, "scenes.align": 12,
-    "pairs.n_iter": 2, "pairs.batch_size": 8, "pairs.max_sentence_tokens": 8, "objective.name": "mdpo", "report.gallery": 0,
+    "pairs.n_iter": 2, "pairs.batch_size": 8, "pairs.max_sentence_tokens": 8, "pairs.max_answer_tokens": 16,
+    "objective.name": "mdpo", "report.gallery": 0,
     "report.tensorboard": False, "model.init": "scenes", "model.path": "", "eval.before": False,
     "eval.benchmarks": "()",
 }  # fmt: skip

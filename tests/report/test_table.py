@@ -13,6 +13,7 @@ def write(root, run, value, seed=0, before=None, **objective):
     ]
     rows.append({"group": "usual", "name": "only before", "before": {"value": 0.5} if before else None, "after": None})
     config = {
+        "model": {"path": "models/first"},
         "objective": {"beta": None, **objective},
         "pairs": {"per_sentence": objective["name"] == "ipo", "when": "offline"},
         "train": {"seed": seed, "batch_size": 8},
@@ -24,13 +25,13 @@ def write(root, run, value, seed=0, before=None, **objective):
 
 def test_one_line_a_method_with_mean_and_range_over_seeds_and_what_was_before(tmp_path):
     write(tmp_path, "a", 0.1, name="dpo", before=0.4)
-    write(tmp_path, "b", 0.3, seed=1, name="dpo")
+    write(tmp_path, "b", 0.3, seed=1, name="dpo", before=0.4)
     write(tmp_path, "c", 0.2, name="ipo", beta=0.5)
     (tmp_path / "unfinished").mkdir()
     assert markdown(read_runs(tmp_path), "usual", ("CHAIR_i", "words", "only before"), percent=("CHAIR_i",)).splitlines() == [
         "| method | steps x rows | seeds | CHAIR_i | words | only before |",
         "|---|---|---|---|---|---|",
-        "| before training | - | 1 | 40.0 | 0.4 | 0.5 |",
+        "| before training, first | - | 1 | 40.0 | 0.4 | 0.5 |",
         "| dpo | 20 x 8 | 2 | 20.0 [10.0, 30.0] | 20.0 [10.0, 30.0] | - |",
         "| ipo (beta 0.5), per-sentence pairs | 20 x 8 | 1 | 20.0 | 20.0 | - |",
     ]

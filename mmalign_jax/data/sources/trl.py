@@ -97,9 +97,12 @@ def _number(row: dict, name: str, place: Place) -> float | None:
     value = row.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise place.bad("malformed_row", f"{name} is {value!r}, no number", "Write a number, or leave the column out.")
-    return float(value)
+    try:
+        if isinstance(value, bool):
+            raise ValueError("no number")
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise place.bad("malformed_row", f"{name} is {value!r}, no number", "Write a number, or leave the column out.") from error
 
 
 def _cells(row: dict, kind: str, place: Place) -> list:
