@@ -17,8 +17,7 @@ from mmalign_jax.hf.files import read_json
 from mmalign_jax.models.text_encoder import TextEncoderConfig, sentence_vectors
 
 _MODULES = ("Transformer", "Pooling", "Normalize")
-_ROWS = 64  # texts of one pass
-_LENGTHS = (32, 64, 128, 256, 512)  # which a pass is compiled for
+_ROWS, _LENGTHS = (8, 64), (32, 64, 128, 256, 512)  # texts of one pass and their tokens, which it is compiled for
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,11 +56,12 @@ class TextEncoder:
         out = np.zeros((len(texts), self.config.width), np.float32)
         ids = self._tokenizer(list(texts), truncation=True, max_length=self.max_tokens, padding=False)["input_ids"] if texts else []
         order = sorted(range(len(texts)), key=lambda index: len(ids[index]))  # texts of like length pass together
-        for start in range(0, len(order), _ROWS):
-            chosen = order[start : start + _ROWS]
+        rows = next((count for count in _ROWS if count >= len(order)), _ROWS[-1])
+        for start in range(0, len(order), rows):
+            chosen = order[start : start + rows]
             longest = len(ids[chosen[-1]])
             slots = min(next((length for length in _LENGTHS if length >= longest), longest), self.config.max_tokens)
-            tokens, inside = np.zeros((_ROWS, slots), np.int32), np.zeros((_ROWS, slots), bool)
+            tokens, inside = np.zeros((rows, slots), np.int32), np.zeros((rows, slots), bool)
             for row, index in enumerate(chosen):
                 tokens[row, : len(ids[index])], inside[row, : len(ids[index])] = ids[index], True
             out[chosen] = np.asarray(_encode(self.config, self.params, tokens, inside))[: len(chosen)]
