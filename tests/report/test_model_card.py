@@ -72,7 +72,8 @@ def test_what_was_trained_how():
     assert rows["learning rate"] == ["2e-05, cosine behind a warm-up over 10% of the steps, to 0 of the peak"]
     assert rows["trained parts"] == ["projector, decoder; as in the base: vision_tower"]
     assert rows["data"] == ["org/set (format rlaif_v), 123 records; rows left out on import: 2 no_answer"]
-    assert "rho_th 0.95, noise_steps 0, guided True, n_iter 5" in rows["rejected answers"][0] and rows["rejected answers"][0].endswith("; 117 pairs, 6 unchanged")
+    (pairs,) = rows["rejected answers"]
+    assert "rho_th 0.95, noise_steps 0, guided True, n_iter 5" in pairs and pairs.endswith("; 117 pairs, 6 unchanged")
     assert rows["jax"] == ["0.10.2"] and 'AutoProcessor.from_pretrained("' in body
     assert "rejected answers" not in cells(card(Config())[1])
 
