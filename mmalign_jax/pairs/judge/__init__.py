@@ -1,0 +1,8 @@
+"""Judges: models that say which of two answers is better, or how good one is, behind an OpenAI-compatible endpoint."""
+
+from mmalign_jax.pairs.judge.endpoint import Endpoint
+from mmalign_jax.pairs.judge.judge import Answer, Counts, Judge, Verdict
+from mmalign_jax.pairs.judge.prompts import Prompt
+from mmalign_jax.pairs.judge.replies import Replies
+
+__all__ = ["Answer", "Counts", "Endpoint", "Judge", "Prompt", "Replies", "Verdict"]
