@@ -1,9 +1,9 @@
 """The table of views: name, function, what it takes. A new view is one entry here and one function."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 
+from mmalign_jax.pairs.calls import Choice, Number
 from mmalign_jax.pairs.views.adversarial import pgd
 from mmalign_jax.pairs.views.blur import gaussian_blur, low_resolution, pixelate
 from mmalign_jax.pairs.views.collage import collage
@@ -12,62 +12,6 @@ from mmalign_jax.pairs.views.crop import random_crop
 from mmalign_jax.pairs.views.diffusion import STEPS, diffusion
 from mmalign_jax.pairs.views.patch_mask import patch_mask
 from mmalign_jax.pairs.views.replace import black, identity, other_image
-
-Value = int | float | str
-
-
-@dataclasses.dataclass(frozen=True)
-class Number:
-    """An argument that is a number in low .. high, both included; its default says whether it is a whole one.
-
-    `not_below` names another argument of the view that may not be larger.
-    """
-
-    name: str
-    default: int | float
-    low: int | float
-    high: int | float
-    not_below: str = ""
-
-    @property
-    def allowed(self) -> str:
-        whole = "a whole number" if isinstance(self.default, int) else "a number"
-        return f"{whole} in {self.low:g} .. {self.high:g}"
-
-    def read(self, text: str) -> int | float:
-        """The number that `text` writes.
-
-        Raises:
-          ValueError: it is none, or out of range.
-        """
-        value = type(self.default)(text)
-        if not (math.isfinite(value) and self.low <= value <= self.high):
-            raise ValueError(f"{value} is out of range")
-        return value
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """An argument that is one of some words."""
-
-    name: str
-    default: str
-    words: tuple[str, ...]
-
-    @property
-    def allowed(self) -> str:
-        return " or ".join(self.words)
-
-    def read(self, text: str) -> str:
-        """The word, without quotes around it.
-
-        Raises:
-          ValueError: it is not among the words.
-        """
-        word = text.strip("'\"")
-        if word not in self.words:
-            raise ValueError(f"{word!r} is not among them")
-        return word
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 
+from mmalign_jax.pairs.calls import Value
 from mmalign_jax.pairs.views.keys import image_keys, view_keys
 from mmalign_jax.pairs.views.source import Source, full_extent, onto_canvas, to_pixels
-from mmalign_jax.pairs.views.table import BY_NAME, Kind, Value
+from mmalign_jax.pairs.views.table import BY_NAME, Kind
 
 Images = UInt8[Array, "B M Y W 3"] | Float[Array, "B M Y W 3"]
 

@@ -1,0 +1,91 @@
+import itertools
+import random
+
+import pytest
+
+from mmalign_jax.errors import UserError
+from mmalign_jax.pairs.selectors import REFERENCE, Candidate, Filters, names, parse
+
+OPEN = Filters(unfinished=True)
+
+
+def scored(*scores):
+    return [Candidate(f"answer {number}", "policy", score) for number, score in enumerate(scores)]
+
+
+def edges(text, candidates, filters=OPEN):
+    return [(pair.win, pair.lose, pair.margin) for pair in parse(text)(candidates, filters).pairs]
+
+
+def test_all_pairs_and_the_widest_of_them():
+    candidates = scored(1.0, 4.0, 3.0)
+    assert edges("all_pairs", candidates) == [(1, 2, 1.0), (1, 0, 3.0), (2, 0, 2.0)]
+    assert edges("all_pairs(1)", candidates) == [(1, 0, 3.0)]
+    # the second pair takes answers that have not come up yet, where there are some
+    assert edges("all_pairs(2)", scored(0.0, 10.0, 4.0, 6.0)) == [(1, 0, 10.0), (3, 2, 2.0)]
+
+
+def test_best_and_worst():
+    assert edges("best_worst", scored(2.0, 5.0, 1.0, 5.0)) == [(1, 2, 4.0)]
+    assert edges("best_worst", scored(2.0)) == [] == edges("best_worst", [])
+
+
+def test_the_reference_over_own_answers_by_similarity():
+    candidates = [Candidate("own", "policy", 0.9), Candidate("truth", REFERENCE), Candidate("far", "policy", 0.25)]
+    assert edges("reference_against_own", candidates) == [(1, 2, 0.75), (1, 0, pytest.approx(0.1))]
+    assert edges("reference_against_own(most=1)", candidates) == [(1, 2, 0.75)]
+    assert edges("reference_against_own", candidates[:1]) == []
+
+
+def test_correct_over_incorrect():
+    candidates = scored(0.0, 1.0, 0.5, 0.2)
+    assert edges("correct_against_incorrect", candidates) == [(1, 0, 1.0), (1, 3, 0.8), (2, 0, 0.5), (2, 3, 0.3)]
+    assert edges("correct_against_incorrect(0.9)", candidates) == [(1, 0, 1.0), (1, 3, 0.8), (1, 2, 0.5)]
+    assert edges("correct_against_incorrect(most=2)", candidates) == [(1, 0, 1.0), (2, 3, 0.3)]
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_holds_of_every_selector(name):
+    """Winners are better than losers, no pair comes twice, and nothing without a verdict is in one."""
+    draw = random.Random(0)
+    for _ in range(200):
+        scores = [draw.choice((None, 0.0, 0.25, 0.5, 0.75)) for _ in range(draw.randrange(7))]
+        candidates = [Candidate("truth", REFERENCE), *scored(*scores)]
+        selection = parse(name)(candidates, OPEN)
+        assert selection.refused.get("no verdict", 0) == scores.count(None)
+        ends = [(pair.win, pair.lose) for pair in selection.pairs]
+        assert len(set(ends)) == len(ends)
+        for pair in selection.pairs:
+            win, lose = candidates[pair.win], candidates[pair.lose]
+            assert lose.score is not None and pair.margin > 0
+            assert win.source == REFERENCE if win.score is None else win.score - lose.score == pytest.approx(pair.margin)
+
+
+def test_filters_say_why():
+    a, b = Candidate("A red  cup.", "policy", 1.0), Candidate("A cup.", "policy", 0.5)
+    refusal = Filters(gap=0.5, length_ratio=2.0).refusal
+    assert refusal(a, b, 0.5) == ""
+    cases = {
+        "identical texts": (a, Candidate("A red cup.", "policy", 0.0), 1.0),
+        "tie": (a, Candidate("A cat.", "policy", 1.0), 0.0),
+        "gap too small": (a, b, 0.4),
+        "winner is unfinished": (Candidate("A cat sits", "policy", 1.0, finished=False), b, 0.5),
+        "lengths too unlike": (Candidate("A cup on a table.", "policy", 1.0), b, 0.5),
+    }
+    assert {reason: refusal(*case) for reason, case in cases.items()} == {reason: reason for reason in cases}
+    selection = parse("all_pairs")([a, b, Candidate("A cup.", "policy", 0.25), Candidate("?", "policy")], Filters(gap=0.6))
+    assert [(pair.win, pair.lose) for pair in selection.pairs] == [(0, 2)]
+    assert selection.refused == {"no verdict": 1, "gap too small": 1, "identical texts": 1}
+
+
+def test_pairs_are_few_and_spread():
+    candidates = scored(*range(8))
+    ends = list(itertools.chain.from_iterable(edge[:2] for edge in edges("all_pairs(4)", candidates)))
+    assert sorted(ends) == list(range(8))
+
+
+def test_mistakes():
+    with pytest.raises(UserError, match="config.build.selector: no selector 'best_wurst'. Did you mean best_worst?"):
+        parse("best_wurst", "config.build.selector")
+    with pytest.raises(UserError, match="all_pairs: most must be a whole number"):
+        parse("all_pairs(-1)")
