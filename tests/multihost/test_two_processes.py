@@ -18,7 +18,7 @@ SETTINGS = {
 
 def start(workdir: Path, devices: int, **settings_and_environment: str) -> subprocess.Popen:
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    environment = users_environment(quick=False) | {"XLA_FLAGS": flags}
+    environment = users_environment() | {"XLA_FLAGS": flags}
     settings = dict(SETTINGS)
     for key, value in settings_and_environment.items():
         (environment if key.startswith("JAX_") else settings)[key] = value

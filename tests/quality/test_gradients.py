@@ -80,6 +80,7 @@ def moved(params, direction, size):
     return {name: moved(leaf, None if direction is None else direction.get(name), size) for name, leaf in params.items()}
 
 
+@pytest.mark.nightly
 def test_census_of_a_text_batch_names_what_reads_images(tiny, batch):
     """That a normal batch's census is empty is in tests/training/test_step.py."""
     loss = LossFunction(tiny.model, losses.build("sft"))

@@ -71,6 +71,7 @@ def metrics_on(mesh, batches):
     return found
 
 
+@pytest.mark.nightly
 def test_one_device_and_eight(batches):
     one, eight = metrics_on(make_mesh(devices=jax.devices()[:1]), batches), metrics_on(make_mesh(), batches)
     assert len(jax.devices()) == 8

@@ -160,7 +160,7 @@ def assert_same(live, cached):
     jax.tree.map(alike, live["gradient"], cached["gradient"])
 
 
-@pytest.mark.parametrize("name", ["dpo", "mdpo"])
+@pytest.mark.parametrize("name", ["dpo", pytest.param("mdpo", marks=pytest.mark.nightly)])
 def test_sums_metrics_and_gradient_are_those_of_a_live_reference(policy, cache, name):
     some = case(policy, cache, name)
     assert len({batch.tokens.shape for batch in some.batches([], 2)}) == 2  # of both layouts
@@ -215,6 +215,7 @@ def adapted(policy, **groups):
     return policy.adapted(settings(**groups))
 
 
+@pytest.mark.nightly
 def test_with_low_rank_factors(policy, cache, adapters, tmp_path):
     """New factors are no part of the reference, so the base's cache serves; an adapter that goes on training is."""
     new = case(adapted(policy, lora={"rank": 2}), cache, "dpo", lora={"rank": 2})
@@ -227,8 +228,8 @@ def test_with_low_rank_factors(policy, cache, adapters, tmp_path):
         case(adapted(policy, model=model), cache, "dpo", model=model).cached()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("view", ["other_image", pytest.param("diffusion(300)", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("view", ["other_image", "diffusion(300)"])
 def test_views_of_other_rows_pictures_and_of_float_pixels(policy, cache, tmp_path, view):
     shutil.copytree(cache / "answers", tmp_path / "answers")
     some = case(policy, tmp_path, "mdpo", objective={"view": view}, data={"buckets": 1})

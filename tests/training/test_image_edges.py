@@ -113,6 +113,7 @@ def test_policy_and_reference_see_the_same_picture(tiny, batch):
     assert np.all(np.delete(np.abs(first - other.policy), TEXT_ROW) > 1e-4)
 
 
+@pytest.mark.nightly
 def test_the_view_is_that_of_the_objective(tiny, batch):
     """Log-probs under the corrupted picture are those of a batch that was corrupted outside."""
     loss = LossFunction(tiny.model, losses.build("image_dpo", view="pixelate(9)"))
@@ -151,6 +152,7 @@ def test_adversarial_pixels_carry_no_gradient_and_move_the_features(tiny, refere
     assert all(np.abs(np.asarray(leaf)).sum() > 0 for leaf in jax.tree.leaves(grads[0]["projector"]))
 
 
+@pytest.mark.nightly
 def test_a_frozen_tower_is_attacked_and_not_trained(tiny, batch):
     params, frozen = FROZEN_TOWER.split(tiny.params)
     loss = LossFunction(tiny.model, losses.build("adpo"))

@@ -231,7 +231,7 @@ def run_of(tiny, batch, workdir, **train_settings):
     return train(config, workdir, mesh, tiny.config, loss, load, Rows(batch), Console(said)), asked, said.getvalue()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_going_on_is_bit_for_bit_and_checkpoints_hold_factors_alone(tiny, batch, tmp_path):
     whole, asked, said = run_of(tiny, batch, tmp_path / "whole", steps=4)
     factors, frozen = split(tiny.params, is_factor)
