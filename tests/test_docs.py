@@ -1,12 +1,13 @@
 """docs/objectives.md tells what there is: its generated parts are what the files say."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
 from mmalign_jax import losses
-from mmalign_jax.config import from_mapping
+from mmalign_jax.config import PairsConfig, from_mapping
 from mmalign_jax.pairs import views
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,16 @@ def test_every_objective_file_is_short():
 @pytest.mark.parametrize("name", views.names())
 def test_every_view_is_named(name):
     assert name == "identity" or f"`{name}" in PAGE
+
+
+def test_the_page_on_bdhs_has_every_setting_with_its_default():
+    page = (ROOT / "docs/bdhs.md").read_text(encoding="utf-8")
+    rows = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in page.splitlines() if row.startswith("| `")]
+    fields = {field.name: field.default for field in dataclasses.fields(PairsConfig)}
+    assert sorted(name for row in rows for name in row) == sorted(fields.keys() - {"maker", "when", "seed"})
+    for name in ("rho_th", "eps", "n_iter", "max_sentence_tokens", "max_answer_tokens", "batch_size", "yes_no_swap"):
+        (row,) = (row for row in page.splitlines() if row.startswith("| `") and f"`{name}`" in row.split("|")[1])
+        assert f"{fields[name]:g}" in row.split("|")[2], name
 
 
 def test_settings_that_the_page_names_exist():
