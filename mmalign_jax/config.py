@@ -4,7 +4,6 @@ Every field is checked here and nowhere else. An unknown key, a wrong type or a 
 """
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mmalign_jax.errors import UserError
+from mmalign_jax.errors import UserError, did_you_mean
 
 PARTS = ("vision_tower", "projector", "decoder")
 LINEARS = {
@@ -337,7 +336,7 @@ def _record(cls: type, values: Any, where: str) -> Any:
     out = {}
     for key, value in values.items():
         if key not in fields:
-            raise UserError(f"{where}.{key}: no such setting.{_nearest(key, fields)} Known: {', '.join(fields)}")
+            raise UserError(f"{where}.{key}: no such setting.{did_you_mean(key, fields)} Known: {', '.join(fields)}")
         if dataclasses.is_dataclass(hints[key]):
             out[key] = _record(hints[key], value, f"{where}.{key}")
         else:
@@ -353,16 +352,11 @@ def _objective(values: Mapping[str, Any] | ConfigDict, where: str) -> ObjectiveC
     given = {key: value for key, value in values.items() if key != "name" and value is not None}
     for key, value in given.items():
         if key not in known:
-            raise UserError(f"{where}.{key}: {name} has no such setting.{_nearest(key, known)} Known: {', '.join(known) or 'none'}")
+            raise UserError(f"{where}.{key}: {name} has no such setting.{did_you_mean(key, known)} Known: {', '.join(known) or 'none'}")
         hint = tuple[float, ...] if isinstance(known[key], tuple) else type(known[key])
         given[key] = _value(value, hint, {}, f"{where}.{key}")
     losses.build(name, **given)  # ranges, and what hyper-parameters do not go together
     return ObjectiveConfig(name=name, hyperparameters=given)
-
-
-def _nearest(key: str, known: Any) -> str:
-    match = difflib.get_close_matches(key, list(known), n=1)
-    return f" Did you mean {match[0]}?" if match else ""
 
 
 def _value(value: Any, hint: Any, limits: Mapping[str, Any], where: str) -> Any:

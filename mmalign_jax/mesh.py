@@ -124,6 +124,11 @@ def check_batch(mesh: Mesh, rows: int) -> None:
         )
 
 
+def batch_rows(mesh: Mesh, rows: int) -> int:
+    """The fewest rows that are at least `rows` and can be split over the mesh."""
+    return -(-rows // batch_divisor(mesh)) * batch_divisor(mesh)
+
+
 def batch_divisor(mesh: Mesh) -> int:
     """A batch must be a multiple of this number to be split over the mesh."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

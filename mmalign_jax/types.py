@@ -27,6 +27,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 # Roles of a token in a row. Answer k has role FIRST_ANSWER + k.
 PAD, PREFIX, FIRST_ANSWER = 0, 1, 2
 
+# Fields of a `PairBatch` whose last axis is the row's slots.
+BY_SLOT = ("tokens", "role", "positions", "image_index", "token_weight", "mrope", "changed", "reference_logps")
+
 
 @dataclasses.dataclass(frozen=True)
 class Media:
@@ -186,8 +189,7 @@ class PairBatch:
     def first_answers(self, count: int) -> "PairBatch":
         """The same rows with only the first `count` answers."""
         stop = self.prefix_slots + count * self.answer_slots
-        by_slot = ("tokens", "role", "positions", "image_index", "token_weight", "mrope", "changed", "reference_logps")
-        cut = {name: value if value is None else _cut(value, stop) for name in by_slot for value in (getattr(self, name),)}
+        cut = {name: value if value is None else _cut(value, stop) for name in BY_SLOT for value in (getattr(self, name),)}
         return dataclasses.replace(self, **cut)
 
     def by_answer(self, values: Array) -> Array:

@@ -1,8 +1,8 @@
-"""The built-in world under every objective, each at its own defaults: the table of docs/objectives.md.
+"""The built-in world under every objective, each at its own defaults.
 
     python launch/sweep.py --config configs/sweeps/every_objective.py --run && python launch/table.py --runs runs/sweeps/every_objective
 
-On a machine with a few cores, `--jobs 2` halves the time.
+`--jobs 2` runs two at a time.
 """
 
 from mmalign_jax import losses

@@ -35,7 +35,7 @@ class Generator:
 
     def __init__(self, model: Mllm, processor: Processor, mesh: Mesh, *, batch_size: int, max_new_tokens: int, data: DataConfig | None = None):
         self._processor, self._mesh, self._data = processor, mesh, data or DataConfig()
-        self._rows = -(-batch_size // mesh_lib.batch_divisor(mesh)) * mesh_lib.batch_divisor(mesh)
+        self._rows = mesh_lib.batch_rows(mesh, batch_size)
         options = DecodeOptions(max_new_tokens, stop_ids=processor.eos_ids, banned_ids=processor.banned_ids)
         self._generate = jax.jit(functools.partial(_greedy, model, options))
 

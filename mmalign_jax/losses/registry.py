@@ -3,16 +3,15 @@
 A file defines `objective(*, hyper-parameter=default, ...)` that returns terms. Its name is the objective's.
 """
 
-import difflib
 import functools
 import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from mmalign_jax.errors import UserError
+from mmalign_jax.errors import UserError, did_you_mean
 from mmalign_jax.losses import objectives
 from mmalign_jax.losses.objective import Objective, Value
 from mmalign_jax.losses.terms import Term, Terms
@@ -88,14 +87,14 @@ def _assembled(function: Callable[..., Term | Terms], name: str, values: tuple[t
 def _find(name: str) -> Callable[..., Term | Terms]:
     stem = ALIASES.get(name, name) if isinstance(name, str) else name
     if stem not in names():
-        raise UserError(f"config.objective.name: no objective {name!r}.{_nearest(str(name), [*names(), *ALIASES])} Known: {', '.join(names())}")
+        raise UserError(f"config.objective.name: no objective {name!r}.{did_you_mean(str(name), [*names(), *ALIASES])} Known: {', '.join(names())}")
     return importlib.import_module(f"{objectives.__name__}.{stem}").objective
 
 
 def _checked(name: str, key: str, value: Value, known: Mapping[str, Value]) -> Value:
     where = f"config.objective.{key}"
     if key not in known:
-        raise UserError(f"{where}: {name} has no such setting.{_nearest(key, known)} Known: {', '.join(known) or 'none'}")
+        raise UserError(f"{where}: {name} has no such setting.{did_you_mean(key, known)} Known: {', '.join(known) or 'none'}")
     wanted = type(known[key])
     if wanted is tuple and isinstance(value, (tuple, list)):
         return tuple(_in_range(name, key, item) for item in value)
@@ -122,8 +121,3 @@ def _number(where: str, value: Value) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise UserError(f"{where}: expected a finite number, got {value!r}")
     return value
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(key, list(known), n=1)
-    return f" Did you mean {match[0]}?" if match else ""

@@ -136,9 +136,8 @@ class BdhsSampler:
         whole = DecodeOptions(config.max_answer_tokens, stop_ids=processor.eos_ids, **shared)
         context = dataclasses.replace(layout, answer_slots=layout.answer_slots + _SWAP_SLOTS, shorten_answers=False)
         prompt = dataclasses.replace(layout, answers=0)
-        divisor = mesh_lib.batch_divisor(mesh)
-        up = lambda rows: -(-rows // divisor) * divisor  # noqa: E731
-        self._rows, self._unguided_rows = up(config.batch_size), up(-(-config.batch_size // 4) if config.guided else config.batch_size)
+        self._rows = mesh_lib.batch_rows(mesh, config.batch_size)
+        self._unguided_rows = mesh_lib.batch_rows(mesh, -(-config.batch_size // 4)) if config.guided else self._rows
         self._guided = MaskedDecoder(model, processor, mesh, context, lanes, sentence, config, self._rows)
         self._unguided = MaskedDecoder(model, processor, mesh, prompt, 1, whole, config, self._unguided_rows)
         noise = views.parse(f"diffusion({config.noise_steps},pixel)") if config.noise_steps else None

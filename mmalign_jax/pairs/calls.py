@@ -4,13 +4,12 @@ Nothing is evaluated. Arguments that are not given keep their defaults.
 """
 
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from mmalign_jax.errors import UserError
+from mmalign_jax.errors import UserError, did_you_mean
 
 _CALL = re.compile(r"\s*(\w+)\s*(?:\((.*)\)\s*)?")
 _NAMED = re.compile(r"(?:([^\W\d]\w*)\s*=)?\s*(.*)")
@@ -116,7 +115,7 @@ class Table:
             raise UserError(f"{where}: {text!r} is no {self.noun}. Write a name, and arguments in brackets if any, as in {self.example}")
         name, inner = call.groups()
         if name not in self.kinds:
-            raise UserError(f"{where}: no {self.noun} {name!r}.{_nearest(name, self.kinds)} Known: {', '.join(self.kinds)}")
+            raise UserError(f"{where}: no {self.noun} {name!r}.{did_you_mean(name, self.kinds)} Known: {', '.join(self.kinds)}")
         kind = self.kinds[name]
         written = self._bind(kind, inner, where)
         values = {argument.name: self._value(kind, argument, written.get(argument.name), where) for argument in kind.arguments}
@@ -140,7 +139,7 @@ class Table:
                     raise UserError(f"{where}: {kind.name}: {value!r} without a name stands behind a named argument. {usage}")
                 key = known[place]
             elif key not in known:
-                raise UserError(f"{where}: {kind.name} has no argument {key!r}.{_nearest(key, known)} {usage}")
+                raise UserError(f"{where}: {kind.name} has no argument {key!r}.{did_you_mean(key, known)} {usage}")
             elif key in written:
                 raise UserError(f"{where}: {kind.name}: {key} is given twice")
             written[key] = value.strip()
@@ -154,8 +153,3 @@ class Table:
         except ValueError:
             wrong = f"{where}: {kind.name}: {argument.name} must be {argument.allowed}, got {text!r}"
             raise UserError(f"{wrong}. Known: {self.usage(kind.name)}") from None
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(key, list(known), n=1)
-    return f" Did you mean {match[0]}?" if match else ""

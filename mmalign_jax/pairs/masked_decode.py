@@ -65,8 +65,7 @@ class FeaturePool:
     def __init__(self, model: Mllm, processor: Processor, mesh: Mesh, layout: RowLayout, places: int, view: View | None):
         self._model, self._processor, self._mesh, self._layout, self._places = model, processor, mesh, layout, places
         self._view = view
-        divisor = mesh_lib.batch_divisor(mesh)
-        self._step = -(-places // (4 * divisor)) * divisor  # few at a time: mostly it is some that change
+        self._step = mesh_lib.batch_rows(mesh, -(-places // 4))  # few at a time: mostly it is some that change
         self._features: Array | None = None
 
     @property

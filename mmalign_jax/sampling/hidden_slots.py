@@ -6,9 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from mmalign_jax.types import PAD, PREFIX, PairBatch
-
-_BY_SLOT = ("tokens", "role", "positions", "image_index", "token_weight", "changed", "reference_logps")
+from mmalign_jax.types import BY_SLOT, PAD, PREFIX, PairBatch
 
 
 def kept_slots(batch: PairBatch, visible: Bool[Array, "B T"]) -> Bool[Array, "B P"]:
@@ -44,8 +42,8 @@ def without_hidden(
         return jnp.concatenate([prefix, values[:, old:]], axis=1)
 
     empty = {"role": PAD, "image_index": -1}
-    moved = {name: move(values, empty.get(name, 0)) for name in _BY_SLOT if (values := getattr(batch, name)) is not None}
-    if batch.mrope is not None:
+    moved = {name: move(values, empty.get(name, 0)) for name in BY_SLOT if name != "mrope" and (values := getattr(batch, name)) is not None}
+    if batch.mrope is not None:  # three numbers a slot
         moved["mrope"] = jax.vmap(lambda values: move(values, 0), in_axes=1, out_axes=1)(batch.mrope)
     place = jnp.cumsum(kept, axis=1) - 1
     behind = jnp.zeros_like(batch.tokens[:, old:]) + prefix_slots + jnp.arange(batch.tokens.shape[1] - old)  # zeros_like keeps the sharding

@@ -149,7 +149,7 @@ class CachedReference:
         if not sides:
             sides.append(self._side())
         rows = c.reference.batch_size or c.train.batch_size // c.train.accumulate
-        rows = -(-rows // mesh_lib.batch_divisor(mesh)) * mesh_lib.batch_divisor(mesh)
+        rows = mesh_lib.batch_rows(mesh, rows)
         index, count = process_slice(mesh)
         options = {"batch_size": rows, "process_index": index, "process_count": count, "workers": c.data.workers, "extras": extras}
         run = jax.jit(part.program(sides[0].model))
