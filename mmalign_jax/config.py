@@ -108,6 +108,7 @@ class PairsConfig:
     encoder: str = setting("", help="directory of a sentence encoder, such as all-mpnet-base-v2 (the paper's) or all-MiniLM-L6-v2")
     batch_size: int = setting(64, min=1)
     seed: int = setting(0, min=0)
+    cache: str = setting("", help="directory of pairs made before training, which runs may share; empty: in the run's directory")
 
 
 @dataclasses.dataclass(frozen=True)

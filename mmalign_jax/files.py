@@ -1,7 +1,11 @@
-"""Small files: JSON that is read with its place named, and files that are found either old or new."""
+"""Small files: JSON that is read with its place named, files that are found either old or new, and directories that one run at a time writes."""
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +42,23 @@ def replace_text(file: Path, text: str) -> None:
         opened.flush()
         os.fsync(opened.fileno())
     os.replace(temporary, file)
+
+
+@contextlib.contextmanager
+def claimed(directory: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Keeps other runs that share a cache from writing the same set; a process that ends, in whatever way, lets go.
+
+    Args:
+      waiting: called when another run is at it, before waiting for its end.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (directory.parent / f".{directory.name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise  # a file system without locks: two runs at once would compute the same twice
+        yield

@@ -26,7 +26,7 @@ from mmalign_jax.evaluation.generate import Generator
 from mmalign_jax.files import write_json
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.losses import Need
-from mmalign_jax.pairs.offline import make_offline, plan_sampler
+from mmalign_jax.pairs.offline import make_cached, make_offline, plan_sampler
 from mmalign_jax.pairs.online import OnlineBatches
 from mmalign_jax.report.console import Console
 from mmalign_jax.report.environment import environment
@@ -141,9 +141,15 @@ class _Run:
     def _pairs(self, records: builder.RecordSource) -> builder.RecordSource:
         """BDHS pairs for all records, made by the model that training starts from."""
         title = f"Making rejected answers for {len(records)} records (BDHS)"
-        made = make_offline(self.policy, records, self.config, self.workdir / run_files.PAIRS, self.console, title)
+        if self.config.pairs.cache:
+            made = make_cached(self.policy, records, self.config, self.console, title)
+            self.console.line(f"Pairs in {made.prepared.dir}" + (", made before" if made.prepared.reused else ""))
+        else:
+            made = make_offline(self.policy, records, self.config, self.workdir / run_files.PAIRS, self.console, title)
         self.skipped += [*_skipped(made.prepared), *_not_fitting(made.left_out)]
         counts = made.statistics
+        if jax.process_index() == 0:
+            write_json(self.workdir / run_files.PAIR_COUNTS, dataclasses.asdict(counts))
         by_iteration = ", ".join(f"{count} in iteration {number}" for number, count in counts.by_iteration.items())
         self.console.line(
             f"{counts.pairs} pairs from {counts.records} records; {counts.unchanged} came out as their reference, "

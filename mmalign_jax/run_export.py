@@ -10,8 +10,6 @@ import jax
 from mmalign_jax import losses, run_files
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import Config, from_mapping
-from mmalign_jax.data import builder
-from mmalign_jax.data.sources.source import MARKER
 from mmalign_jax.errors import UserError
 from mmalign_jax.evaluation.benchmark import rows
 from mmalign_jax.files import read_json, replace_text
@@ -19,7 +17,6 @@ from mmalign_jax.hf.adapters import export_adapter
 from mmalign_jax.hf.export import export
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.losses import Need
-from mmalign_jax.pairs.offline import read_offline
 from mmalign_jax.report import model_card
 from mmalign_jax.report.environment import environment
 from mmalign_jax.training.checkpoint import abstract_policy, find_step, restore_params
@@ -73,10 +70,8 @@ def _facts(config: Config, workdir: Path, base: Path, step: int, trained: str) -
     """What the run's directory and the base model's tell. Parts of a run that were not done leave nothing to tell."""
     card = base / model_card.FILE
     dataset, on_hub = ("the built-in world", False) if config.data.format == "scenes" else _name(Path(config.data.path), "datasets")
-    counts, pairs = workdir / run_files.DATA, workdir / run_files.PAIRS
-    data = read_json(counts) if counts.exists() else {}
+    data, pairs = (read_json(file) if file.exists() else {} for file in (workdir / run_files.DATA, workdir / run_files.PAIR_COUNTS))
     objective = losses.build(config.objective.name, **config.objective.hyperparameters)
-    made = read_offline(builder.describe(pairs)).statistics if (pairs / MARKER).is_file() else None
     return model_card.Facts(
         base="" if config.model.init else _name(base, "models")[0],
         step=step,
@@ -89,7 +84,7 @@ def _facts(config: Config, workdir: Path, base: Path, step: int, trained: str) -
         on_hub=on_hub,
         records=data.get("records"),
         skipped=data.get("skipped", {}),
-        pairs={} if made is None else {name: getattr(made, name) for name in ("records", "pairs", "unchanged", "unusable")},
+        pairs={name: count for name, count in pairs.items() if name in ("records", "pairs", "unchanged", "unusable")},
         scores=_scores(workdir),
         environment=environment(),
     )

@@ -10,16 +10,17 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.files import read_json, write_json
 
 PAIRS = "pairs"  # prepared pairs of a run that makes its own
+PAIR_COUNTS = "pairs.json"  # how they came out, wherever they are kept
 REFERENCE = "reference"  # its log-probs, where they are computed once
 DATA = "data.json"  # counts of the records that it reads, wherever they are kept
 
 # Settings that may change between a run and its continuation: they do not change what is computed
 _MAY_CHANGE = (
     "mesh", "report", "checkpoint", "export", "data.workers", "data.cache", "train.log_every", "eval.batch_size", "pairs.batch_size",
-    "reference.cache", "reference.batch_size",
+    "pairs.cache", "reference.cache", "reference.batch_size",
 )  # fmt: skip
 # What a run computes. Prepared data and cached log-probs are not among it: they know by themselves what they were made from
-_COMPUTED = ("initial_model", PAIRS, "eval", "metrics.jsonl", "checkpoints", "export")
+_COMPUTED = ("initial_model", PAIRS, PAIR_COUNTS, "eval", "metrics.jsonl", "checkpoints", "export")
 
 
 def claim(config: Config, workdir: Path) -> bool:

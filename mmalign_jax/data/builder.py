@@ -30,7 +30,7 @@ from mmalign_jax.data.records import SCHEMA, from_example, to_example
 from mmalign_jax.data.sources.source import MARKER, Source, stamp
 from mmalign_jax.data.validate import check_record
 from mmalign_jax.errors import DataError, UserError
-from mmalign_jax.files import read_json, write_json
+from mmalign_jax.files import claimed, read_json, write_json
 from mmalign_jax.types import PreferenceRecord
 
 STATISTICS = "statistics.json"
@@ -172,8 +172,11 @@ def obtain(
         if config.format == "records" or (config.format == "auto" and sources.detect(config.path) == "records"):
             return describe(config.path)
         source = sources.read(config)
-    out = Path(config.cache) / _fingerprint(config, source)[:16] if config.cache else out_dir
-    return prepare(config, source, out, progress=progress)
+    if not config.cache:
+        return prepare(config, source, out_dir, progress=progress)
+    out = Path(config.cache) / _fingerprint(config, source)[:16]
+    with claimed(out):
+        return prepare(config, source, out, progress=progress)
 
 
 def _fingerprint(config: DataConfig, source: Source) -> str:

@@ -1,11 +1,8 @@
 """Writing of `data.cached_logps`: rows come in any order, parts of them are kept, and the set appears at once when all are there."""
 
-import contextlib
-import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,26 +93,6 @@ class LogpsWriter:
         _save(self._parts / f"{name}.logps.npy", np.concatenate([tokens for _, tokens in self._waiting]))
         _save(self._parts / f"{name}.rows.npy", np.stack([row for row, _ in self._waiting]))
         self._waiting = []
-
-
-@contextlib.contextmanager
-def claimed(directory: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Keeps other runs that share a cache from writing the same set; a process that ends, in whatever way, lets go.
-
-    Args:
-      waiting: called when another run is at it, before waiting for its end.
-    """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with (directory.parent / f".{directory.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise  # a file system without locks: two runs at once would compute the same twice
-        yield
 
 
 def _save(file: Path, values: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from mmalign_jax.data import builder
 from mmalign_jax.data.plan import LeftOut, Records, RowPlan, plan_rows
 from mmalign_jax.data.sources.source import Source, stamp
 from mmalign_jax.errors import DataError, UserError
-from mmalign_jax.files import read_json
+from mmalign_jax.files import claimed, read_json
 from mmalign_jax.hf.export import MARKER as EXPORT_MARKER
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs.bdhs import BdhsSampler, check_one_process, reference_of
@@ -22,7 +22,7 @@ from mmalign_jax.report.console import Console
 from mmalign_jax.types import PreferenceRecord
 
 VERSION = 2  # raised whenever the same model, records and settings make other pairs than before
-_NO_MATTER = ("maker", "when", "batch_size", "encoder")  # settings of config.pairs on which no pair depends; the encoder's files do count
+_NO_MATTER = ("maker", "when", "batch_size", "encoder", "cache")  # settings of config.pairs on which no pair depends; the encoder's files do count
 _MATTER = ("on_long_row", "prefix_tokens", "answer_tokens")  # settings of config.data that say which records give pairs
 _SMALL_FILES = (".json", ".jinja", ".txt", ".model")  # of a model: sizes, tokenizer, template, processor
 
@@ -83,6 +83,20 @@ def make_offline(
         check_one_process()
         prepared = builder.prepare(config.data, source, out)
     return read_offline(prepared)
+
+
+def make_cached(policy: Pretrained, records: builder.RecordSource, config: Config, console: Console, title: str = "Making pairs") -> OfflinePairs:
+    """`make_offline` in a directory of `config.pairs.cache` that is named by the `identity`: runs with the same pairs share it.
+
+    A run that finds another one at it waits for its end.
+
+    Raises:
+      UserError, DataError: see `make_offline`.
+    """
+    name = hashlib.sha256(identity(policy, records, config).encode()).hexdigest()[:16]
+    directory = Path(config.pairs.cache) / name
+    with claimed(directory, lambda: console.line(f"Another run makes {directory}; waiting for it")):
+        return make_offline(policy, records, config, directory, console, title)
 
 
 def read_offline(prepared: builder.PreparedSet) -> OfflinePairs:

@@ -16,9 +16,10 @@ from mmalign_jax.config import Config
 from mmalign_jax.data.cached_logps import KEY, CachedLogps
 from mmalign_jax.data.device import process_slice, to_device
 from mmalign_jax.data.loader import Extra, bucket_pass
-from mmalign_jax.data.logps_writer import LogpsWriter, claimed
+from mmalign_jax.data.logps_writer import LogpsWriter
 from mmalign_jax.data.plan import Records, RowPlan
 from mmalign_jax.errors import UserError
+from mmalign_jax.files import claimed
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.models.lora import is_factor
 from mmalign_jax.report.console import Console

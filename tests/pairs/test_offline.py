@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import threading
 
 import jax
 import pytest
@@ -16,6 +17,7 @@ from mmalign_jax.config import Config, DataConfig, PairsConfig
 from mmalign_jax.data import builder
 from mmalign_jax.data.sources.source import Source
 from mmalign_jax.errors import DataError, UserError
+from mmalign_jax.files import claimed
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs import offline
 from mmalign_jax.pairs.bdhs_records import Statistics
@@ -95,6 +97,24 @@ def test_the_sets_own_rejected_answers_by_gamma(policy, tmp_path):
             assert len(pair.responses) == 2 and len(pair.prefs) == 1
     with pytest.raises(UserError, match="config.pairs.gamma: record r0 has 0 rejected answers of its own, not one"):
         make(policy, prepared(tmp_path / "references"), tmp_path / "none", config)
+
+
+def test_runs_share_a_cache_of_pairs(policy, tmp_path):
+    config = dataclasses.replace(CONFIG, pairs=dataclasses.replace(PAIRS, cache=str(tmp_path / "cache")))
+    records, said = prepared(tmp_path / "set"), io.StringIO()
+    made, again = (offline.make_cached(policy, records, config, Console(said)) for _ in range(2))
+    assert (made.prepared.reused, again.prepared.reused) == (False, True) and made.prepared.dir == again.prepared.dir
+    assert pairs_of(made) == pairs_of(make(policy, records, tmp_path / "own", config)[0])
+    other = dataclasses.replace(config, pairs=dataclasses.replace(config.pairs, seed=7))
+    assert offline.make_cached(policy, records, other, Console(said)).prepared.dir.parent == made.prepared.dir.parent != made.prepared.dir
+    assert pairs_of(again) == pairs_of(made) and "waiting" not in said.getvalue()  # the first set is still there
+    with claimed(made.prepared.dir):
+        thread = threading.Thread(target=offline.make_cached, args=(policy, records, config, Console(said)), daemon=True)
+        thread.start()
+        thread.join(timeout=3)
+        assert thread.is_alive() and f"Another run makes {made.prepared.dir}; waiting for it" in said.getvalue()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
 
 
 def test_records_that_do_not_fit_are_named(policy, tmp_path):
@@ -186,12 +206,12 @@ def test_identity_of_settings_and_records(policy, tmp_path):
         "per_sentence": True, "similarity": "another", "seed": 1, "noise_steps": 5, "guided": False, "gamma": 0.5,
             "max_answer_tokens": 9, "mask_scope": "text", "split_unit": "token", "stop": "full_stop",
     }  # fmt: skip
-    assert fields == changes.keys() | {"maker", "when", "batch_size", "encoder"}
+    assert fields == changes.keys() | {"maker", "when", "batch_size", "encoder", "cache"}
     others = [identity(**{name: value}) for name, value in changes.items()]
     others += [identity(dtype="bfloat16"), identity(data={"answer_tokens": 64}), identity(data={"on_long_row": "drop"})]
     others += [identity(records=prepared(tmp_path / "other", RECORDS[:2], "2"))]
     assert len({same, *others}) == 1 + len(others)
-    assert identity(when="online", batch_size=8, data={"workers": 7, "cache": "elsewhere"}) == same
+    assert identity(when="online", batch_size=8, cache="elsewhere", data={"workers": 7, "cache": "elsewhere"}) == same
 
 
 def test_identity_sees_an_image_file_that_changed(policy, tmp_path):

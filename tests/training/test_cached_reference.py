@@ -28,6 +28,7 @@ from mmalign_jax.data.logps_writer import LogpsWriter
 from mmalign_jax.data.other_images import OtherImages
 from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.errors import DataError, UserError
+from mmalign_jax.files import claimed
 from mmalign_jax.hf.adapters import export_adapter
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.losses import Need
@@ -398,7 +399,7 @@ def test_rows_may_come_in_any_order(tmp_path):
 
 def test_another_run_that_writes_the_same_is_waited_for(tmp_path):
     told = []
-    with logps_writer.claimed(tmp_path / "cache" / "answers", lambda: told.append("first")):
+    with claimed(tmp_path / "cache" / "answers", lambda: told.append("first")):
         other = threading.Thread(target=lambda: second(tmp_path / "cache" / "answers", told))
         other.start()
         while "waiting" not in told:
@@ -410,7 +411,7 @@ def test_another_run_that_writes_the_same_is_waited_for(tmp_path):
 
 
 def second(directory, told):
-    with logps_writer.claimed(directory, lambda: told.append("waiting")):
+    with claimed(directory, lambda: told.append("waiting")):
         told.append("in")
 
 
