@@ -1,11 +1,12 @@
-"""Makes preference pairs with BDHS: the model itself, with most image tokens hidden, writes a rejected answer to every reference.
+"""Makes preference pairs with the model itself.
 
-    python launch/make_pairs.py --config configs/pairs/bdhs.py --model DIR --data SET --out PAIRS
+    python launch/make_pairs.py --config configs/pairs/bdhs.py --model DIR --data SET --out PAIRS      # with images hidden it writes rejected answers
+    python launch/make_pairs.py --config configs/pairs/samples.py --model DIR --data SET --out PAIRS   # it answers; scores select
     python launch/train.py --config ... --config.data.path=PAIRS --workdir W
 
 SET is anything that training reads: a published set, whose chosen answers are the references, prepared records, or `scenes`, the built-in
 world (config.data.split says which split, config.scenes how many pictures). PAIRS becomes a set of prepared records with
-`statistics.json` beside them. The same command again finds that it is done.
+`statistics.json` beside them. The same command goes on where it was stopped or killed, and finds that it is done.
 """
 
 import dataclasses
@@ -31,8 +32,8 @@ def main(config: Config) -> int:
     options = flags.FLAGS
     if not (options.model and options.data and options.out):
         raise UserError("--model, --data and --out: give all three; --help describes them")
-    if config.pairs.maker != "bdhs":
-        raise UserError(f"config.pairs.maker: {config.pairs.maker!r} makes no pairs; use configs/pairs/bdhs.py")
+    if config.pairs.maker == "none":
+        raise UserError("config.pairs.maker: 'none' makes no pairs; use configs/pairs/bdhs.py or configs/pairs/samples.py")
     out, console = Path(options.out).resolve(), Console()
     if options.data == SCENES:
         data = dataclasses.replace(config.data, path="", format="scenes")
@@ -55,10 +56,12 @@ def main(config: Config) -> int:
 
 
 def _print(made: OfflinePairs, console: Console) -> None:
-    names = ("records", "pairs", "unchanged", "unusable", "unfinished")
-    cells = [(name, str(getattr(made.statistics, name))) for name in names] + [("records left out", str(len(made.left_out)))]
-    cells += [(f"ended in iteration {number}", str(count)) for number, count in made.statistics.by_iteration.items()]
-    console.table(cells, ("BDHS", "count"))
+    plain = dataclasses.asdict(made.statistics)
+    by_iteration, refused = plain.pop("by_iteration", {}), plain.pop("refused", {})
+    cells = [(name, f"{value:g}") for name, value in plain.items()] + [("records left out", str(len(made.left_out)))]
+    cells += [(f"ended in iteration {number}", str(count)) for number, count in by_iteration.items()]
+    cells += [(f"refused: {reason}", str(count)) for reason, count in refused.items()]
+    console.table(cells, ("", "count"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 The same command goes on where a run was stopped or killed.
 """
 
-from mmalign_jax import cli, pipeline
+from mmalign_jax import cli, rounds
 
 if __name__ == "__main__":
-    cli.run(pipeline.run)
+    cli.run(rounds.run)

@@ -85,9 +85,12 @@ class ScenesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PairsConfig:
-    """BDHS (arXiv 2407.02477, section 4 and Algorithm 1)."""
+    """How answers are made for records that have none, or one: by BDHS (arXiv 2407.02477, section 4 and Algorithm 1), or as `SamplesConfig` says.
 
-    maker: str = setting("none", choices=("none", "bdhs"))
+    `maker` and `when` concern both; the other settings BDHS.
+    """
+
+    maker: str = setting("none", choices=("none", "bdhs", "samples"), help="samples: answers of the policy, scored and selected")
     when: str = setting("offline", choices=("offline", "online"), help="online: from the current policy, between steps")
     rho_th: float = setting(0.99, min=0.0, max=1.0, help="probability that an image token is hidden; 0.99 for about 2,880 tokens, 0.95 for 576")
     mask_scope: str = setting("all", choices=("all", "text"), help="who does not see hidden image tokens: everyone, or all but image tokens")
@@ -112,6 +115,39 @@ class PairsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+    """The policy's own answers to a prompt: how they are drawn, what they are worth, and which of them become a pair.
+
+    Objectives that learn from rewards (GRPO and others) take all answers to a prompt as a group; `selector` and what follows it then say nothing.
+    """
+
+    count: int = setting(2, min=2, max=1024, help="answers to a prompt")
+    temperature: float = setting(1.0, above=0.0)
+    top_k: int = setting(0, min=0, help="0: no limit")
+    top_p: float = setting(1.0, above=0.0, max=1.0)
+    max_tokens: int = setting(256, min=1, help="of an answer")
+    stop_strings: tuple[str, ...] = setting((), help="an answer also ends with the token that completes one of these")
+    batch_size: int = setting(64, min=1, help="prompts of a device batch")
+    seed: int = setting(0, min=0)
+    scorers: tuple[str, ...] = setting((), help='what an answer is worth, a sum, such as ("objects", "length(-0.1)"); see `pairs.scorers`')
+    synonyms: str = setting("", help="JSON file for the scorer objects: kind -> words that name it; the built-in world has its own")
+    unfinished: bool = setting(True, help="whether answers that ran out of tokens count: as samples of a group, or as the better of a pair")
+    selector: str = setting("best_worst", help="see `pairs.selectors`")
+    gap: float = setting(0.0, min=0.0, help="least difference between the scores of a pair")
+    length_ratio: float = setting(0.0, min=0.0, help="most that one answer of a pair may be as long as the other, in words; 0: no limit")
+    offline_share: float = setting(
+        0.0, min=0.0, max=1.0, help="Mixed-DPO (arXiv 2407.02477, section 2.3): probability that a row of a step is the data set's own pair"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundsConfig:
+    """Iterative alignment: every round makes new pairs with the model that the round before has exported, and trains it further; see `rounds`."""
+
+    count: int = setting(1, min=1, max=1000)
+
+
+@dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
     """The objective and its hyper-parameters; None means the objective's own default. See `mmalign_jax.losses`."""
 
@@ -124,6 +160,13 @@ class ObjectiveConfig:
         from mmalign_jax import losses  # arrays only; imported late so that reading a config does not load jax
 
         return losses.build(self.name, **self.hyperparameters).answers
+
+    @property
+    def of_samples(self) -> bool:
+        """Whether it learns from the rewards of groups of samples."""
+        from mmalign_jax import losses  # as above
+
+        return losses.Need.SAMPLED in losses.build(self.name, **self.hyperparameters).needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +215,7 @@ class TrainConfig:
     steps: int = setting(1000, min=1)
     batch_size: int = setting(8, min=1, help="rows of one optimizer step, over all devices")
     accumulate: int = setting(1, min=1, help="the step's rows are computed in this many parts")
+    updates: int = setting(1, min=1, help="updates on the rows of a step, as PPO makes several on the same samples")
     seed: int = setting(0, min=0)
     redraw_views: str = setting("never", choices=("never", "epoch"), help="never: a row's corrupted image is the same in all epochs")
     log_every: int = setting(10, min=1)
@@ -254,6 +298,8 @@ class Config:
     data: DataConfig = DataConfig()
     scenes: ScenesConfig = ScenesConfig()
     pairs: PairsConfig = PairsConfig()
+    samples: SamplesConfig = SamplesConfig()
+    rounds: RoundsConfig = RoundsConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     reference: ReferenceConfig = ReferenceConfig()
     auxiliary: DataConfig = DataConfig()
@@ -294,7 +340,12 @@ def _check_across(config: Config) -> None:
         raise UserError("config.monitor.every: config.stop reads what the monitor measures; set it between 1 and config.train.steps")
     if config.stop.patience and not config.eval.probe_every:
         raise UserError("config.eval.probe_every: config.stop.patience counts probes; set how often they are made")
-    if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.answers < 2:
+    _check_samples(config)
+    if config.rounds.count > 1 and not (config.pairs.maker != "none" and config.pairs.when == "offline" and config.export.enabled):
+        raise UserError("config.rounds.count: a round makes its pairs before it trains (config.pairs.maker, when = offline) and exports its model")
+    if config.rounds.count > 1 and config.model.init:
+        raise UserError("config.rounds.count: rounds start from a model (config.model.path), not from a new one")
+    if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.answers < 2 and not config.objective.of_samples:
         raise UserError(
             f"config.pairs.when: {config.objective.name} reads no rejected answers, so online pairs have no use; set config.pairs.maker to none"
         )
@@ -310,6 +361,21 @@ def _check_across(config: Config) -> None:
         raise UserError(f"config.data.path: {config.data.path} would not be read, because config.data.format is scenes; leave one of the two out")
     if config.model.init and config.model.path:
         raise UserError("config.model.path: a run that starts from config.model.init reads no model; leave one of the two empty")
+
+
+def _check_samples(config: Config) -> None:
+    drawn = config.pairs.maker == "samples"
+    if config.objective.of_samples and not (drawn and config.pairs.when == "online"):
+        raise UserError(
+            f'config.pairs.maker: {config.objective.name} learns from answers that the policy draws during training; set it to "samples", and '
+            'config.pairs.when to "online"'
+        )
+    if drawn and not config.samples.scorers:
+        raise UserError("config.samples.scorers: say what the policy's answers are worth; pairs.scorers lists what there is")
+    if config.objective.of_samples and config.samples.temperature != 1.0:
+        raise UserError(
+            f"config.samples.temperature: {config.objective.name} compares log-probs with those of the draws, at temperature 1; leave it at 1"
+        )
 
 
 def _check_parts(config: Config) -> None:

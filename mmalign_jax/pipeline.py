@@ -26,8 +26,11 @@ from mmalign_jax.evaluation.generate import Generator
 from mmalign_jax.files import write_json
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.losses import Need
+from mmalign_jax.pairs.answers import plan_answers
 from mmalign_jax.pairs.offline import make_cached, make_offline, plan_sampler
-from mmalign_jax.pairs.online import OnlineBatches
+from mmalign_jax.pairs.online import BdhsBatches
+from mmalign_jax.pairs.online_samples import GroupBatches, PairBatches
+from mmalign_jax.pairs.selectors import parse as parse_selector
 from mmalign_jax.report.console import Console
 from mmalign_jax.report.environment import environment
 from mmalign_jax.report.html import write_report
@@ -45,6 +48,8 @@ from mmalign_jax.types import PairBatch
 
 T = TypeVar("T")
 
+SUMMARY = "summary.json"  # scores before and after; written when all else is done
+
 
 def run(config: Config, workdir: Path) -> int:
     """Prepares data, measures, makes pairs, trains, measures again, exports and reports.
@@ -55,13 +60,18 @@ def run(config: Config, workdir: Path) -> int:
     Raises:
       UserError: a mistake in config, data or checkpoint.
     """
-    if config.mesh.distributed:
-        known = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-        jax.distributed.initialize(**{name: None if value is None else int(value) for name, value in known.items()})
-    console = Console(enabled=jax.process_index() == 0)
-    if _first_process_first("claim", lambda: run_files.claim(config, workdir)) and jax.process_index() == 0:
+    console = Console(enabled=first_process(config))
+    if first_process_first("claim", lambda: run_files.claim(config, workdir)) and jax.process_index() == 0:
         console.line(f"{workdir} holds this run already; going on with what is not done")
     return _Run(config, workdir, _policy(config, workdir, console), console)()
+
+
+def first_process(config: Config) -> bool:
+    """Whether this is the first of the run's processes, which find each other here when there are several."""
+    if config.mesh.distributed and not jax.distributed.is_initialized():
+        known = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
+        jax.distributed.initialize(**{name: None if value is None else int(value) for name, value in known.items()})
+    return jax.process_index() == 0
 
 
 def _policy(config: Config, workdir: Path, console: Console) -> Pretrained:
@@ -70,7 +80,7 @@ def _policy(config: Config, workdir: Path, console: Console) -> Pretrained:
     mesh_lib.check_batch(mesh, config.train.batch_size // config.train.accumulate)
     path = run_files.base_model(config, workdir)
     if config.model.init == "scenes":
-        _first_process_first("initial_model", lambda: path.exists() or write_initial(path, seed=config.train.seed))
+        first_process_first("initial_model", lambda: path.exists() or write_initial(path, seed=config.train.seed))
     elif not config.model.path:
         raise UserError("config.model.path: give the directory of a Hugging Face model")
     policy = Pretrained.read(path, mesh, config.model.compute_dtype, remat=config.model.remat == "full").adapted(config)
@@ -103,7 +113,7 @@ class _Run:
         tests = self._tests()
         records = self._records()
         before = self._measure("before", tests) if c.eval.before else None
-        if c.pairs.maker == "bdhs" and c.pairs.when == "offline":
+        if c.pairs.maker != "none" and c.pairs.when == "offline":
             records = self._pairs(records)
         batches, plan = self._batches(records)
         trained = self._train(batches, plan)
@@ -130,7 +140,7 @@ class _Run:
             target, source = target / data.split, scenes.read(self.config.scenes, data.split)
         with self.console.phase(title) as progress:
             read = lambda rows, skipped: progress(rows, None)  # noqa: E731
-            prepared = _first_process_first(target.name, lambda: builder.obtain(data, target, source, progress=read))
+            prepared = first_process_first(target.name, lambda: builder.obtain(data, target, source, progress=read))
         if counts is not None and jax.process_index() == 0:
             write_json(counts, {"records": prepared.count, "skipped": dict(prepared.skipped)})
         self.skipped += _skipped(prepared)
@@ -139,8 +149,9 @@ class _Run:
         return builder.open_records(prepared.dir)
 
     def _pairs(self, records: builder.RecordSource) -> builder.RecordSource:
-        """BDHS pairs for all records, made by the model that training starts from."""
-        title = f"Making rejected answers for {len(records)} records (BDHS)"
+        """Pairs for all records, made by the model that training starts from."""
+        what = {"bdhs": "rejected answers (BDHS)", "samples": "pairs of the model's own answers"}
+        title = f"Making {what[self.config.pairs.maker]} for {len(records)} records"
         if self.config.pairs.cache:
             made = make_cached(self.policy, records, self.config, self.console, title)
             self.console.line(f"Pairs in {made.prepared.dir}" + (", made before" if made.prepared.reused else ""))
@@ -150,17 +161,15 @@ class _Run:
         counts = made.statistics
         if jax.process_index() == 0:
             write_json(self.workdir / run_files.PAIR_COUNTS, dataclasses.asdict(counts))
-        by_iteration = ", ".join(f"{count} in iteration {number}" for number, count in counts.by_iteration.items())
-        self.console.line(
-            f"{counts.pairs} pairs from {counts.records} records; {counts.unchanged} came out as their reference, "
-            f"{counts.unusable} could not be read back; {counts.unfinished} sentences ran out of slots; ended: {by_iteration}"
-        )
+        self.console.line(counts.in_words())
         if made.left_out:
             self.console.line(f"{len(made.left_out)} records left out before that, listed in the report")
         return builder.open_records(made.prepared.dir)
 
     def _batches(self, records: Records) -> tuple[Batches, RowPlan]:
         c, p = self.config, self.policy
+        if c.pairs.maker == "samples" and c.pairs.when == "online":
+            return self._own_answers(records)
         if c.pairs.maker == "bdhs" and c.pairs.when == "online":
             sampler, plan = plan_sampler(p, records, c)
             self._preflight(records, plan)
@@ -169,7 +178,7 @@ class _Run:
             layout = dataclasses.replace(plan.layout, answers=2, answer_slots=slots, mark_changes=Need.CHANGED in self.objective.needs)
             if self.loss.view is not None and "other_images" in self.loss.view.needs:
                 raise UserError("config.objective.view: other rows' pictures are not at hand for online pairs; choose another view")
-            return self._with_auxiliary(OnlineBatches(records, p.processor, sampler, plan, layout, c.train)), plan
+            return self._with_auxiliary(BdhsBatches(records, p.processor, sampler, plan, layout, c.train)), plan
         plan = plan_rows(records, p.processor, c.data, answers=self.objective.answers, mark_changes=Need.CHANGED in self.objective.needs)
         self._preflight(records, plan)
         if Need.MARGIN in self.objective.needs and not any(records[index].prefs[pref].margin for index, pref in plan.items.tolist()):
@@ -181,6 +190,23 @@ class _Run:
             cache = Path(c.reference.cache) if c.reference.cache else self.workdir / run_files.REFERENCE
             extras += CachedReference(c, cache, p, self.loss, self.console)(records, plan, extras)
         return self._with_auxiliary(_Offline(self._loader(records, plan, extras))), plan
+
+    def _own_answers(self, records: Records) -> tuple[Batches, RowPlan]:
+        """Answers that the policy draws between steps: groups for objectives that learn from rewards, pairs for others."""
+        c, p = self.config, self.policy
+        of_samples = Need.SAMPLED in self.objective.needs
+        if Need.MARGIN in self.objective.needs and c.samples.offline_share:
+            raise UserError(f"config.samples.offline_share: {self.objective.name} goes by margins, and those of the set's pairs are of another kind")
+        reads_reference = parse_selector(c.samples.selector, "config.samples.selector").reads_reference
+        # what rows may hold beside answers of the policy
+        own = 0 if of_samples else 2 if c.samples.offline_share else int(reads_reference)
+        answerer, plan = plan_answers(p, records, c, answers=own, rows=min(c.samples.batch_size, c.train.batch_size))
+        slots = max(c.samples.max_tokens, plan.layout.answer_slots if own else 0)
+        marked = Need.CHANGED in self.objective.needs
+        layout = dataclasses.replace(plan.layout, answers=c.samples.count if of_samples else 2, answer_slots=slots, mark_changes=marked)
+        self._preflight(records, dataclasses.replace(plan, layout=layout))
+        batches = GroupBatches if of_samples else PairBatches
+        return batches(records, plan, layout, answerer, c.samples, c.train), plan
 
     def _loader(self, records: Records, plan: RowPlan, extras: Sequence[Extra] = ()) -> Loader:
         c, (index, count) = self.config, process_slice(self.policy.mesh)
@@ -282,11 +308,11 @@ class _Run:
 
     def _report(self, scores: Sequence[ScoreRow], shown: Sequence[GalleryItem], trained: Trained) -> None:
         if jax.process_index() == 0:
-            write_json(self.workdir / "summary.json", _summary(self.config, scores, trained))
             notes = (f"Stopped at step {trained.step} of {self.config.train.steps}: {trained.reason}.",) if trained.reason else ()
             title = f"{self.config.objective.name} on {self.policy.path.name}"
             content = {"scores": scores, "gallery": shown, "skipped": self.skipped, "environment": environment(), "notes": notes}
             write_report(self.workdir, title=title, config=to_mapping(self.config), **content)
+            write_json(self.workdir / SUMMARY, _summary(self.config, scores, trained))
 
     def _print(self, scores: Sequence[ScoreRow]) -> None:
         for group in dict.fromkeys(row.group for row in scores):
@@ -326,7 +352,7 @@ class WithAuxiliary:
         self._other.set_state(state["auxiliary"])
 
 
-def _first_process_first(name: str, work: Callable[[], T]) -> T:
+def first_process_first(name: str, work: Callable[[], T]) -> T:
     """What `work` returns, after the first process has done it: on a shared file system the others then find it done."""
     if jax.process_count() == 1:
         return work()

@@ -14,7 +14,7 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.evaluation.benchmark import rows
 from mmalign_jax.files import read_json, replace_text
 from mmalign_jax.hf.adapters import export_adapter
-from mmalign_jax.hf.export import export
+from mmalign_jax.hf.export import MARKER, export
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.losses import Need
 from mmalign_jax.report import model_card
@@ -72,8 +72,10 @@ def _facts(config: Config, workdir: Path, base: Path, step: int, trained: str) -
     dataset, on_hub = ("the built-in world", False) if config.data.format == "scenes" else _name(Path(config.data.path), "datasets")
     data, pairs = (read_json(file) if file.exists() else {} for file in (workdir / run_files.DATA, workdir / run_files.PAIR_COUNTS))
     objective = losses.build(config.objective.name, **config.objective.hyperparameters)
+    # the export of a round before is nobody's base
+    of_export = model_card.base_of(card.read_text(encoding="utf-8")) if (base / MARKER).is_file() and card.is_file() else ""
     return model_card.Facts(
-        base="" if config.model.init else _name(base, "models")[0],
+        base="" if config.model.init else of_export or _name(base, "models")[0],
         step=step,
         trained=trained,
         hyperparameters=objective.hyperparameters,

@@ -20,7 +20,7 @@ _MAY_CHANGE = (
     "pairs.cache", "reference.cache", "reference.batch_size",
 )  # fmt: skip
 # What a run computes. Prepared data and cached log-probs are not among it: they know by themselves what they were made from
-_COMPUTED = ("initial_model", PAIRS, PAIR_COUNTS, "eval", "metrics.jsonl", "checkpoints", "export")
+_COMPUTED = ("round_1", "initial_model", PAIRS, PAIR_COUNTS, "eval", "metrics.jsonl", "checkpoints", "export")
 
 
 def claim(config: Config, workdir: Path) -> bool:

@@ -152,6 +152,17 @@ class Patches:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Sampled:
+    """What is known of a row's answers when they are samples of the policy."""
+
+    rewards: Float[Array, "*A B K"]
+    logps: Float[Array, "*A B K R"]  # of their tokens when they were sampled, nats, 0 off the answers
+    row_tokens: Float[Array, "*A B"]  # scored tokens of a row, the mean over all rows of the step
+    limit: Float[Array, "*A B"]  # most tokens that an answer could have had
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class PairBatch:
     """Rows of `[images and prompt | answer 1 | ... | answer K]`, each region padded on its right to its own static length.
 
@@ -180,6 +191,7 @@ class PairBatch:
     reference_logps: Float[Array, "*A B T"] | None = None  # cached, by token, 0 off the answers
     reference_other_logps: Float[Array, "*A B _"] | None = None  # the same of the first answers under the corrupted image
     auxiliary: "PairBatch | None" = None  # as many rows of another data set, K = 1
+    sampled: Sampled | None = None  # where all answers are samples
 
     @property
     def answers(self) -> int:
@@ -187,10 +199,10 @@ class PairBatch:
         return (self.tokens.shape[-1] - self.prefix_slots) // self.answer_slots
 
     def first_answers(self, count: int) -> "PairBatch":
-        """The same rows with only the first `count` answers."""
+        """The same rows with only the first `count` answers; fewer than all are no whole group of samples any more."""
         stop = self.prefix_slots + count * self.answer_slots
         cut = {name: value if value is None else _cut(value, stop) for name in BY_SLOT for value in (getattr(self, name),)}
-        return dataclasses.replace(self, **cut)
+        return dataclasses.replace(self, **cut, sampled=self.sampled if count == self.answers else None)
 
     def by_answer(self, values: Array) -> Array:
         """`[*A, B, T]` -> `[*A, B, K, R]`: the slots of the answers."""

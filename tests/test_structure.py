@@ -11,7 +11,7 @@ SOURCES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for pa
 COMMANDS = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in sorted((ROOT / "launch").glob("*.py"))}
 
 FORBIDDEN = {"torch", "tensorflow", "trl", "peft", "pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-FLOOR = {"types", "mesh", "errors", "files"}
+FLOOR = {"types", "mesh", "errors", "files", "mentions"}
 SETTINGS = {"config", "config_files"}
 SIDE = {"data", "hf", "scenes", "report"}
 WITH_TORCH, ITS_READER = "mmalign_jax/verify/theirs.py", "mmalign_jax/verify/compare.py"
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "errors": set(),
     "files": set(),
     "mesh": set(),
+    "mentions": set(),
     "config": {"losses"},
     "config_files": set(),
     "gin_adapter": SETTINGS,
@@ -39,6 +40,7 @@ MAY_IMPORT = {
     "run_files": {"config"},
     "run_export": {"config", "models", "pairs", "losses", "evaluation", "training", "run_files"} | SIDE,
     "pipeline": {"config", "models", "sampling", "pairs", "losses", "evaluation", "training", "run_files", "run_export"} | SIDE,
+    "rounds": {"config", "pipeline", "run_files", "report"},
     "training": {"config", "models", "sampling", "pairs", "losses", "evaluation"} | SIDE,
 }
 

@@ -13,6 +13,15 @@ from mmalign_jax.data.layout import RowLayout, RowSize
 _CANDIDATES = 64  # borders that are tried, at quantiles of the rows' sizes
 
 
+def ladder(slots: int) -> list[int]:
+    """Lengths up to `slots`, shortest first: each about three quarters of the next, in eights. Rows that are made on the way take the shortest
+    that holds them, so that few shapes are compiled."""
+    out = [slots]
+    while out[0] > 32:
+        out.insert(0, -(-3 * out[0] // 32) * 8)
+    return out
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bucket:
     """Rows that share a layout: their numbers among the plan's items, and the share of their slots that is empty."""

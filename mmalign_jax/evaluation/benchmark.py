@@ -7,6 +7,7 @@ from typing import Any
 from mmalign_jax.evaluation import chair, pope
 from mmalign_jax.evaluation.generate import Answered
 from mmalign_jax.evaluation.interval import bootstrap
+from mmalign_jax.mentions import Mentions, Synonyms
 from mmalign_jax.report.records import Score, ScoreRow
 from mmalign_jax.types import Part, PreferenceRecord, Response, Turn
 
@@ -32,7 +33,7 @@ class Benchmark:
     title: str
     captions: tuple[PreferenceRecord, ...] = ()
     truths: tuple[tuple[str, ...], ...] = ()
-    synonyms: chair.Synonyms = dataclasses.field(default_factory=dict)
+    synonyms: Synonyms = dataclasses.field(default_factory=dict)
     questions: tuple[pope.Question, ...] = ()
     question_records: tuple[PreferenceRecord, ...] = ()
     record_of: tuple[int, ...] = ()
@@ -96,7 +97,7 @@ def _captions(test: Benchmark, ask: Ask) -> dict[str, Any]:
     if not test.captions:
         return {}
     answers = ask(test.captions)
-    counts = chair.count([answer.text for answer in answers], test.truths, chair.Mentions(test.synonyms))
+    counts = chair.count([answer.text for answer in answers], test.truths, Mentions(test.synonyms))
     scores = chair.summarise(counts)
     found: dict[str, Any] = _plain(bootstrap(counts, chair.measures, seed=_SEED))
     found |= {"captions": scores.captions, "mentions": scores.mentions, "hallucinated_mentions": scores.hallucinated_mentions}

@@ -9,8 +9,9 @@ from mmalign_jax.data.bad_rows import Place
 from mmalign_jax.data.images import MAX_BYTES
 from mmalign_jax.data.sources.source import MediaReader
 from mmalign_jax.errors import DataError, UserError
-from mmalign_jax.evaluation import chair, pope
+from mmalign_jax.evaluation import pope
 from mmalign_jax.evaluation.benchmark import Benchmark, question_records
+from mmalign_jax.mentions import Mentions, read_synonyms
 from mmalign_jax.types import Media, Part, PreferenceRecord, Turn
 
 _CHAIR_ROW = '{"id": "1", "image": "a.jpg", "objects": ["cat", "sofa"]}'
@@ -56,8 +57,8 @@ def chair_benchmark(data: Path, images: Path, synonyms: Path, *, prompt: str) ->
       UserError: a file is missing, or the table is not such an object or has a term twice.
       DataError: a line is not such a row, names an object that the table does not have, or its image is unusable.
     """
-    table = _synonyms(synonyms)
-    mentions = chair.Mentions(table)
+    table = read_synonyms(synonyms)
+    mentions = Mentions(table)
     records: list[PreferenceRecord] = []
     truths: list[tuple[str, ...]] = []
     for place, row in _rows(data):
@@ -103,18 +104,6 @@ def _chair_row(line: bytes, place: Place) -> Mapping[str, Any]:
     if not all(isinstance(value, str) and value for value in fields) or not _are_texts(objects):
         raise place.bad("malformed_row", "the line is not a row of CHAIR", f"Write {_CHAIR_ROW}.")
     return row
-
-
-def _synonyms(file: Path) -> dict[str, tuple[str, ...]]:
-    if not file.is_file():
-        raise UserError(f'{file}: no such file; give a JSON object such as {{"cat": ["kitten", "tabby"]}}')
-    try:
-        table = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from error
-    if not isinstance(table, dict) or not all(map(_are_texts, table.values())):
-        raise UserError(f'{file}: not a table of synonyms; write a JSON object such as {{"cat": ["kitten", "tabby"]}}')
-    return {kind: tuple(terms) for kind, terms in table.items()}
 
 
 def _are_texts(value: object) -> bool:

@@ -171,6 +171,13 @@ class Processor:
         """The text of an answer's tokens, without special tokens and surrounding space."""
         return self._tokenizer.decode(list(map(int, ids)), skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
+    def token_texts(self) -> list[str]:
+        """What each token of the vocabulary adds to a text behind a full stop, "" for special tokens and numbers without one."""
+        stop = self._encode(".")[0][-1:].tolist()
+        rows = [[*stop, token] for token in range(len(self._tokenizer))]
+        texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [text.lstrip()[1:] for text in texts]
+
     def _template(self, messages: list[dict], add_generation_prompt: bool) -> str:
         try:
             return self._tokenizer.apply_chat_template(

@@ -21,6 +21,7 @@ class Need(enum.Enum):
     MARGIN = "margin"
     AUXILIARY = "auxiliary_nll"
     EPOCH = "epoch"
+    SAMPLED = "sampled"  # answers are samples with rewards, a group a row
     BATCH = "batch"  # statistics over all rows of a step
 
 

@@ -33,6 +33,8 @@ def metrics_of(
       by_label: unweighted loss of the terms, by their labels; reported where there are several.
     """
     needs = frozenset().union(*(term.needs for _, term in terms))
+    if Need.SAMPLED in needs:
+        return _of_groups(terms, stats, loss, by_label)
     if Need.OTHER_IMAGE not in needs:
         stats = dataclasses.replace(stats, other_image=None)
     out = _likelihood(stats, loss)
@@ -51,6 +53,24 @@ def metrics_of(
             out |= _drift(stats, h, displacement=not isinstance(main, Transport))  # whose h are no row's own
     if stats.other_image is not None:
         out["logps/chosen_other_image"] = stats.other_image.policy[:, 0]
+    return {name: jax.lax.stop_gradient(jnp.mean(value.astype(jnp.float32))) for name, value in out.items()}
+
+
+def _of_groups(terms: Terms, stats: BranchStats, loss: PerPair, by_label: dict[str, PerPair]) -> Metrics:
+    """Of rows whose answers are samples: no answer is the chosen one."""
+    rewards = stats.sampled.rewards
+    out = {
+        "loss": loss,
+        "rewards/mean": jnp.mean(rewards, axis=1),
+        "rewards/best": jnp.max(rewards, axis=1),
+        "rewards/std": jnp.std(rewards, axis=1),
+        "rewards/all_equal": jnp.max(rewards, axis=1) == jnp.min(rewards, axis=1),  # such a group teaches nothing
+        "lengths/mean": jnp.mean(stats.answers.lengths, axis=1),
+    }
+    if len(by_label) > 1:
+        out |= {f"loss/{label}": value for label, value in by_label.items()}
+    for _, term in terms:
+        out |= term.metrics(stats)
     return {name: jax.lax.stop_gradient(jnp.mean(value.astype(jnp.float32))) for name, value in out.items()}
 
 

@@ -3,15 +3,17 @@
 Here B counts sampled answers, all samples of all prompts; `group_advantages` has B prompts of G samples each.
 """
 
+import dataclasses
 import math
+import typing
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 Kind = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
-Level = Literal["token", "sequence"]
+Level = Literal["token", "sequence", "sum"]
 Metrics = dict[str, Float[Array, ""]]
 PerToken = Float[Array, "B R"]
 
@@ -19,6 +21,8 @@ PerToken = Float[Array, "B R"]
 _LARGEST_EXPONENT = 40.0
 
 _CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+KINDS: tuple[str, ...] = typing.get_args(Kind)
+LEVELS: tuple[str, ...] = typing.get_args(Level)
 
 
 def group_advantages(
@@ -50,10 +54,11 @@ def group_advantages(
     return centred / (jnp.sqrt(spread / max(count if population else count - 1, 1)) + epsilon)
 
 
-def soft_overlong(lengths: Int[Array, "*b"] | Float[Array, "*b"], limit: int, buffer: int) -> Float[Array, "*b"]:
-    """What is added to the reward of long answers: 0 up to limit - buffer tokens, then linearly down to -1 at `limit`, and -1 beyond
-    (DAPO, arXiv 2503.14476, equation 13)."""
-    return jnp.clip((limit - buffer - lengths) / buffer, -1.0, 0.0)
+def leave_one_out(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """R minus the mean of the group's other rewards (RLOO, arXiv 2402.14740, equation 8); 0 of a single sample."""
+    rewards = jax.lax.stop_gradient(rewards.astype(jnp.promote_types(rewards.dtype, jnp.float32)))
+    group = rewards.shape[1]
+    return (rewards - jnp.mean(rewards, axis=1, keepdims=True)) * (group / max(group - 1, 1))
 
 
 def k3(logps: PerToken, reference: PerToken) -> PerToken:
@@ -96,7 +101,7 @@ def policy_gradient(
       old: the same when they were sampled; None: just now, so that all ratios are 1.
       advantages: of each answer, or of each token; no gradient.
       mask: tokens that count. An answer without any has loss 0: so answers without an end-of-turn token are filtered out.
-      level: of the ratio; "sequence" takes exp of the mean over the answer's tokens (GSPO, arXiv 2507.18071).
+      level: of the ratio; "sequence" takes exp of the mean over the answer's tokens (GSPO, arXiv 2507.18071), "sum" of their sum (RLOO).
       clip_high: for cispo the cap itself, 5 say.
       ratio_cap: further bound of rho where A is negative (the other side of the clip).
       reference: the reference's log-probs, for `kl_weight` times `k3`, added by token.
@@ -109,13 +114,53 @@ def policy_gradient(
     Raises:
       ValueError: unknown kind or level, or a kind without what it needs.
     """
-    _check(kind, level, reference, kl_weight, max_length)
+    check(kind, level, max_length)
+    if kl_weight and reference is None:
+        raise ValueError("kl_weight needs the reference's log-probs")
+    by_token = token_losses(
+        logps, old, advantages, mask, kind=kind, level=level, clip_low=clip_low, clip_high=clip_high, ratio_cap=ratio_cap,
+        reference=reference, kl_weight=kl_weight, kl_by_ratio=kl_by_ratio, temperatures=temperatures, shapes=shapes,
+    )  # fmt: skip
+    counts = jnp.sum(mask, axis=1, keepdims=True).astype(by_token.loss.dtype)
+    metrics = by_token.metrics | {"lengths": jnp.mean(counts)}
+    reduced = _reduced(by_token.loss, counts, kind, max_length, total_tokens)
+    return reduced, {name: jax.lax.stop_gradient(value.astype(jnp.float32)) for name, value in (metrics | {"loss": reduced}).items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLosses:
+    """The loss at each token, 0 off the mask, and means over tokens and answers (`policy_gradient`'s metrics)."""
+
+    loss: PerToken
+    metrics: Metrics
+
+
+def token_losses(
+    logps: PerToken,
+    old: PerToken | None,
+    advantages: Float[Array, " B"] | PerToken,
+    mask: Bool[Array, "B R"],
+    *,
+    kind: Kind,
+    level: Level = "token",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    ratio_cap: float | None = None,
+    reference: PerToken | None = None,
+    kl_weight: float = 0.0,
+    kl_by_ratio: bool = False,
+    temperatures: tuple[float, float] = (1.0, 1.05),
+    shapes: tuple[tuple[float, float], tuple[float, float]] = ((2.0, 3.0), (3.0, 2.0)),
+) -> TokenLosses:
+    """`policy_gradient` before its reduction; the arguments are the same."""
     logps = jnp.where(mask, logps.astype(jnp.promote_types(logps.dtype, jnp.float32)), 0.0)
     old = jax.lax.stop_gradient(logps if old is None else jnp.where(mask, old, 0.0))
     advantages = jax.lax.stop_gradient(advantages if advantages.ndim == 2 else advantages[:, None])
     counts = jnp.sum(mask, axis=1, keepdims=True).astype(logps.dtype)
     gap = logps - old
-    log_ratio = gap if level == "token" else jnp.sum(gap, axis=1, keepdims=True) / jnp.maximum(counts, 1.0)
+    log_ratio = gap
+    if level != "token":
+        log_ratio = jnp.sum(gap, axis=1, keepdims=True) / (jnp.maximum(counts, 1.0) if level == "sequence" else 1.0)
     ratio = jnp.exp(jnp.minimum(log_ratio, _LARGEST_EXPONENT))
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     if kind in _CLIPPED:
@@ -133,7 +178,6 @@ def policy_gradient(
         "ratio": _mean(ratio, mask),
         "clip_fraction": _mean(((ratio < 1 - clip_low) & (advantages < 0)) | ((ratio > 1 + clip_high) & (advantages > 0)), mask),
         "advantages": jnp.mean(jnp.abs(advantages)),
-        "lengths": jnp.mean(counts),
     }
     if reference is not None:
         divergence = k3(logps, jax.lax.stop_gradient(jnp.where(mask, reference, 0.0)))
@@ -142,22 +186,20 @@ def policy_gradient(
             loss = loss + kl_weight * (divergence * ratio if kl_by_ratio else divergence)
     if kind == "cispo":
         metrics["clip_fraction"] = _mean((ratio > clip_high) & (advantages > 0), mask)
-    reduced = _reduced(jnp.where(mask, loss, 0.0), counts, kind, max_length, total_tokens)
-    return reduced, {name: jax.lax.stop_gradient(value.astype(jnp.float32)) for name, value in (metrics | {"loss": reduced}).items()}
+    metrics = {name: jax.lax.stop_gradient(value.astype(jnp.float32)) for name, value in metrics.items()}
+    return TokenLosses(jnp.where(mask, loss, 0.0), metrics)
 
 
-def _check(kind: str, level: str, reference: PerToken | None, kl_weight: float, max_length: int | None) -> None:
-    kinds = (*_CLIPPED, "cispo", "sapo", "vespo")
-    if kind not in kinds:
-        raise ValueError(f"unknown kind {kind!r}; there are {', '.join(kinds)}")
-    if level not in ("token", "sequence"):
-        raise ValueError(f"unknown level {level!r}; there are token, sequence")
+def check(kind: str, level: str, max_length: int | None) -> None:
+    """Raises ValueError where kind, level and length do not go together (`policy_gradient`)."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}; there are {', '.join(KINDS)}")
+    if level not in LEVELS:
+        raise ValueError(f"unknown level {level!r}; there are {', '.join(LEVELS)}")
     if kind == "luspo" and level != "sequence":
         raise ValueError("luspo wants the sequence's ratio: level='sequence'")
     if kind == "dr_grpo" and max_length is None:
         raise ValueError("dr_grpo divides by max_length, the most tokens that an answer may have")
-    if kl_weight and reference is None:
-        raise ValueError("kl_weight needs the reference's log-probs")
 
 
 def _reduced(

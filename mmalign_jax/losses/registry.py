@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from mmalign_jax.errors import UserError, did_you_mean
-from mmalign_jax.losses import objectives
+from mmalign_jax.losses import objectives, policy_gradient, policy_terms
 from mmalign_jax.losses.objective import Objective, Value
 from mmalign_jax.losses.terms import Term, Terms
 
@@ -31,6 +31,10 @@ _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "rho": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
     "momentum": (lambda x: 0 <= x < 1, "at least 0 and below 1"),
     "changed_weight": _NOT_NEGATIVE,
+    "clip_low": _NOT_NEGATIVE,
+    "clip_high": _NOT_NEGATIVE,
+    "cap": _POSITIVE,
+    "kl_in_reward": _NOT_NEGATIVE,
     "guidance": _NOT_NEGATIVE,
     "length_norm": _NOT_NEGATIVE,
     "beta_by_epoch": _POSITIVE,
@@ -39,7 +43,12 @@ _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "f_dpo.alpha": (lambda x: x != 1, "another number than 1"),
     "alpha_po.alpha": (lambda x: x != 0, "another number than 0"),
 }
-_CHOICES: Mapping[str, tuple[str, ...]] = {"divergence": ("reverse_kl", "forward_kl", "js", "alpha")}
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "divergence": ("reverse_kl", "forward_kl", "js", "alpha"),
+    "kind": policy_gradient.KINDS,
+    "level": policy_gradient.LEVELS,
+    "advantage": policy_terms.ADVANTAGES,
+}
 
 
 def names() -> tuple[str, ...]:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from mmalign_jax.types import Sampled
+
 PerPair = Float[Array | np.ndarray, " B"]
 PerToken = Float[Array | np.ndarray, "B R"]
 
@@ -40,6 +42,7 @@ class BranchStats:
     weight: Float[Array, " B"] | None = None  # of the pair in the loss
     nll: Float[Array, " B"] | None = None  # mean NLL a token of the chosen answer, where it is not that of `answers`
     auxiliary_nll: Float[Array, " B"] | None = None  # mean NLL a token of a row of another data set
+    sampled: Sampled | None = None  # of answers that are samples
     collision: Float[Array, "B K"] | None = None  # sum over tokens of log sum_v pi(v)^2
     kl: Float[Array, "B K"] | None = None  # sum over tokens of KL(reference || policy), whole vocabulary
     state: Mapping[str, Float[Array, ""]] | None = None  # before this step; None: at the beginning

@@ -47,6 +47,10 @@ class Term(abc.ABC):
     def next_state(self, stats: BranchStats) -> dict[str, Float[Array, ""]]:
         return {}
 
+    def metrics(self, stats: BranchStats) -> dict[str, PerPair]:
+        """What it alone has to report, by row."""
+        return {}
+
     def __add__(self, other: "Term | Terms") -> "Terms":
         return 1.0 * self + other
 

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from mmalign_jax import mesh
 
-PerPair = Float[Array, " B"]
+PerPair = Float[Array, "B *_more"]
 
 
 def gathered(function: Callable[[PerPair], PerPair], x: PerPair) -> PerPair:

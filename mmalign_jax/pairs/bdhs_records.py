@@ -84,6 +84,13 @@ class Statistics:
     unfinished: int = 0
     by_iteration: dict[int, int] = dataclasses.field(default_factory=dict)
 
+    def in_words(self) -> str:
+        by_iteration = ", ".join(f"{count} in iteration {number}" for number, count in self.by_iteration.items())
+        return (
+            f"{self.pairs} pairs from {self.records} records; {self.unchanged} came out as their reference, {self.unusable} could not be read back; "
+            f"{self.unfinished} sentences ran out of slots; ended: {by_iteration}"
+        )
+
     def plus(self, outcome: Outcome, pairs: int) -> "Statistics":
         """With one more record, which gave `pairs` pairs."""
         iterations = collections.Counter(self.by_iteration) + collections.Counter([outcome.iteration])
@@ -98,10 +105,9 @@ class Statistics:
 
 
 def make_pairs(
-    sampler: BdhsSampler, params: dict, records: Iterable[PreferenceRecord], config: PairsConfig
+    sampler: BdhsSampler, params: dict, records: Iterable[PreferenceRecord], config: PairsConfig, statistics: Statistics
 ) -> Iterator[tuple[list[PreferenceRecord], Statistics]]:
-    """Yields, for every record, its preference records and the counts so far."""
-    statistics = Statistics()
+    """Yields, for every record, its preference records and the counts so far, those of `statistics` included."""
     for outcome in sampler(params, records):
         pairs = to_records(outcome, config)
         statistics = statistics.plus(outcome, len(pairs) if outcome.changed else 0)

@@ -1,9 +1,9 @@
-"""Pairs made before training: BDHS over a whole set of records, streamed into a prepared set that is not made twice."""
+"""Pairs made before training, by BDHS or of answers that the policy draws: streamed into a prepared set that is not made twice."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,19 @@ from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.files import claimed, read_json
 from mmalign_jax.hf.export import MARKER as EXPORT_MARKER
 from mmalign_jax.hf.pretrained import Pretrained
+from mmalign_jax.pairs import selectors
+from mmalign_jax.pairs.answers import plan_answers
 from mmalign_jax.pairs.bdhs import BdhsSampler, check_one_process, reference_of
 from mmalign_jax.pairs.bdhs_records import Statistics, make_pairs
+from mmalign_jax.pairs.journal import Journal
+from mmalign_jax.pairs.sampled_records import SampleStatistics, sampled_pairs
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.report.console import Console
 from mmalign_jax.types import PreferenceRecord
 
 VERSION = 2  # raised whenever the same model, records and settings make other pairs than before
 _NO_MATTER = ("maker", "when", "batch_size", "encoder", "cache")  # settings of config.pairs on which no pair depends; the encoder's files do count
+_NO_MATTER_OF_SAMPLES = ("batch_size", "offline_share")
 _MATTER = ("on_long_row", "prefix_tokens", "answer_tokens")  # settings of config.data that say which records give pairs
 _SMALL_FILES = (".json", ".jinja", ".txt", ".model")  # of a model: sizes, tokenizer, template, processor
 
@@ -57,16 +62,16 @@ class OfflinePairs:
     """A finished set of pairs, and how it came out. `left_out`: records that did not fit, no part of the statistics."""
 
     prepared: builder.PreparedSet
-    statistics: Statistics
+    statistics: Statistics | SampleStatistics
     left_out: tuple[LeftOut, ...]
 
 
 def make_offline(
     policy: Pretrained, records: builder.RecordSource, config: Config, out: Path, console: Console, title: str = "Making pairs"
 ) -> OfflinePairs:
-    """BDHS pairs of all records as a prepared set in `out`; a set that is there already is taken when its `identity` is the same.
+    """Pairs of all records as a prepared set in `out`; a set that is there already is taken when its `identity` is the same.
 
-    What is held in memory does not grow with the set. An interrupted run leaves nothing.
+    A run that was stopped or killed goes on with the record that it was at: what it had made is beside `out` until the set is finished.
 
     Args:
       config: `pairs`, and of `data` the limits of rows.
@@ -77,12 +82,16 @@ def make_offline(
       DataError: a row that does not fit (see `plan_rows`), or a damaged set.
     """
     made: dict[str, Any] = {}
-    source = Source("BDHS", identity(policy, records, config), lambda: _rows(policy, records, config, console, title, made), statistics=made)
+    same = identity(policy, records, config)
+    source = Source(config.pairs.maker, same, lambda: iter(()), statistics=made)
     prepared = builder.find(config.data, source, out)
     if prepared is None:
         check_one_process()
-        prepared = builder.prepare(config.data, source, out)
-    return read_offline(prepared)
+        with Journal(out.with_name(f".{out.name}.made.jsonl"), same) as journal:
+            rows = lambda: _rows(policy, records, config, journal, console, title, made)  # noqa: E731
+            prepared = builder.prepare(config.data, dataclasses.replace(source, rows=rows), out)
+        journal.remove()
+    return read_offline(prepared, config)
 
 
 def make_cached(policy: Pretrained, records: builder.RecordSource, config: Config, console: Console, title: str = "Making pairs") -> OfflinePairs:
@@ -99,7 +108,7 @@ def make_cached(policy: Pretrained, records: builder.RecordSource, config: Confi
         return make_offline(policy, records, config, directory, console, title)
 
 
-def read_offline(prepared: builder.PreparedSet) -> OfflinePairs:
+def read_offline(prepared: builder.PreparedSet, config: Config) -> OfflinePairs:
     """What `make_offline` returned when it made the set.
 
     Raises:
@@ -110,8 +119,7 @@ def read_offline(prepared: builder.PreparedSet) -> OfflinePairs:
         raise DataError("missing", file=str(file), mend=mend)
     plain = read_json(file, mend)
     left_out = tuple(LeftOut(**row) for row in plain.pop("left_out"))
-    by_iteration = {int(number): count for number, count in plain.pop("by_iteration").items()}
-    return OfflinePairs(prepared, Statistics(**plain, by_iteration=by_iteration), left_out)
+    return OfflinePairs(prepared, _statistics(config, plain), left_out)
 
 
 def identity(policy: Pretrained, records: builder.RecordSource, config: Config) -> str:
@@ -119,7 +127,11 @@ def identity(policy: Pretrained, records: builder.RecordSource, config: Config) 
 
     Small files count by their content and weights by name, size and time of change; a model's card, licence and place do not matter.
     """
-    settings = {name: value for name, value in dataclasses.asdict(config.pairs).items() if name not in _NO_MATTER}
+    settings: dict[str, Any] = {name: value for name, value in dataclasses.asdict(config.pairs).items() if name not in _NO_MATTER}
+    if config.pairs.maker == "samples":
+        settings = {name: value for name, value in dataclasses.asdict(config.samples).items() if name not in _NO_MATTER_OF_SAMPLES}
+        if config.samples.synonyms:
+            settings["synonyms"] = read_json(Path(config.samples.synonyms))
     limits = {name: getattr(config.data, name) for name in _MATTER}
     others = [Path(directory) for directory in (policy.adapter, config.pairs.encoder) if directory]
     files = [file for directory in (policy.path, *others) for file in _model_files(directory)]
@@ -139,25 +151,67 @@ def plan_sampler(policy: Pretrained, records: Records, config: Config) -> tuple[
     return BdhsSampler(policy.model, policy.processor, policy.mesh, config.pairs, plan.layout, lanes), plan
 
 
+@dataclasses.dataclass(frozen=True)
+class _Maker:
+    """How records become pairs: `make(params, records, counts so far)` yields the pairs of each record and the counts with it."""
+
+    plan: RowPlan
+    record: Callable[[int], PreferenceRecord]  # by index of the set
+    make: Callable[[dict, Iterable[PreferenceRecord], Any], Iterator[tuple[list[PreferenceRecord], Any]]]
+    nothing: str  # what to do when there is not one pair
+
+
+def _maker(policy: Pretrained, records: Records, config: Config) -> _Maker:
+    if config.pairs.maker == "bdhs":
+        references = References(records, keep_rejected=config.pairs.gamma > 0)
+        sampler, plan = plan_sampler(policy, references, config)
+        nothing = "each rejected answer is its reference, or unusable; raise rho_th or the temperature"
+        return _Maker(plan, references.__getitem__, lambda params, rows, counts: make_pairs(sampler, params, rows, config.pairs, counts), nothing)
+    reads_reference = selectors.parse(config.samples.selector, "config.samples.selector").reads_reference
+    answerer, plan = plan_answers(policy, records, config, answers=int(reads_reference), rows=config.samples.batch_size)
+    nothing = "draw more answers (config.samples.count), or look at the scorers, the selector and its filters"
+    return _Maker(plan, records.__getitem__, lambda params, rows, counts: sampled_pairs(answerer, params, rows, config.samples, counts), nothing)
+
+
 def _rows(
-    policy: Pretrained, records: Records, config: Config, console: Console, title: str, made: MutableMapping[str, Any]
+    policy: Pretrained,
+    records: Records,
+    config: Config,
+    journal: Journal,
+    console: Console,
+    title: str,
+    made: MutableMapping[str, Any],
 ) -> Iterator[PreferenceRecord]:
     """The pairs, in the order of the records; `made` then holds the statistics."""
-    references, statistics = References(records, keep_rejected=config.pairs.gamma > 0), Statistics()
     with console.phase(title) as progress:
-        sampler, plan = plan_sampler(policy, references, config)
-        with console.phase("Loading the model"):
-            params = policy.params(policy.model.dtype)
-        fitting = (references[int(index)] for index, _ in plan.items)
-        for pairs, statistics in make_pairs(sampler, params, fitting, config.pairs):
-            progress(statistics.records, len(plan.items))
+        maker = _maker(policy, records, config)
+        items = [int(index) for index, _ in maker.plan.items]
+        before = statistics = _statistics(config, journal.statistics)
+        if len(journal):
+            console.line(f"Going on: {len(journal)} of {len(items)} records are done")
+        pictures = lambda number: [picture for medium in maker.record(items[number]).media for picture in medium.pictures]  # noqa: E731
+        for pairs in journal.kept(pictures):
             yield from pairs
+        if len(journal) < len(items):
+            with console.phase("Loading the model"):
+                params = policy.params(policy.model.dtype)
+            left = (maker.record(index) for index in items[len(journal) :])
+            for pairs, statistics in maker.make(params, left, before):
+                journal.add(pairs, dataclasses.asdict(statistics))
+                progress(statistics.records, len(items))
+                yield from pairs
     if not statistics.pairs:
-        raise UserError(
-            f"config.pairs: no pair came out of {statistics.records} records: each rejected answer is its reference, or unusable; "
-            "raise rho_th or the temperature"
-        )
-    made |= {**dataclasses.asdict(statistics), "left_out": [dataclasses.asdict(row) for row in plan.left_out]}
+        group = "samples" if config.pairs.maker == "samples" else "pairs"
+        raise UserError(f"config.{group}: no pair came out of {statistics.records} records: {maker.nothing}")
+    made |= {**dataclasses.asdict(statistics), "left_out": [dataclasses.asdict(row) for row in maker.plan.left_out]}
+
+
+def _statistics(config: Config, plain: Mapping[str, Any]) -> Statistics | SampleStatistics:
+    """Counts from JSON; {}: of nothing yet."""
+    if config.pairs.maker == "samples":
+        return SampleStatistics(**plain)
+    by_iteration = {int(number): count for number, count in plain.get("by_iteration", {}).items()}
+    return Statistics(**{**plain, "by_iteration": by_iteration})
 
 
 def _model_files(directory: Path) -> list[list]:

@@ -19,12 +19,14 @@ class Candidate:
       source: who wrote it; `REFERENCE` for what the set holds as true.
       score: how good it is, higher is better; None when the scorer had no verdict.
       finished: whether it ended by itself, and did not run out of tokens.
+      tokens: how long it is; 0 where that is not known.
     """
 
     text: str
     source: str
     score: float | None = None
     finished: bool = True
+    tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,10 @@ class Selector:
 
     name: str
     arguments: tuple[tuple[str, Value], ...] = ()
+
+    @property
+    def reads_reference(self) -> bool:
+        return self.name == "reference_against_own"
 
     def __call__(self, candidates: Sequence[Candidate], filters: "Filters") -> Selection:
         """The pairs that the selector makes and the filters let through, in order."""

@@ -102,6 +102,12 @@ def licence_of(card: str) -> dict[str, str | list[str]]:
     return {name: value for name, value in found.items() if plain(value)}
 
 
+def base_of(card: str) -> str:
+    """The model that a card's front matter names as its base, "" where it names none."""
+    found = front_matter(card).get("base_model")
+    return found if isinstance(found, str) else ""
+
+
 def _front_matter(config: Config, facts: Facts) -> dict[str, object]:
     out: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     if facts.base:

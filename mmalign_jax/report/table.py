@@ -49,14 +49,19 @@ def _values(rows: Sequence[Mapping], when: str) -> dict[tuple[str, str], float]:
 
 def label_of(config: Mapping) -> str:
     """A method as its config says it: objective, what is not its default, how its pairs are made."""
-    objective, pairs = config["objective"], config["pairs"]
+    objective, pairs, samples = config["objective"], config["pairs"], config["samples"]
     given = {key: value for key, value in objective.items() if key != "name" and value is not None}
     others = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in given.items()]
     label = objective["name"] + (f" ({', '.join(others)})" if others else "")
     if pairs["per_sentence"]:
         label += ", per-sentence pairs"
+    if pairs["maker"] == "samples":
+        label += f", {samples['count']} samples"
+        label += f", {samples['offline_share']:.0%} own pairs" if samples["offline_share"] else ""
     if pairs["when"] == "online":
         label += ", online"
+    if (rounds := config["rounds"]["count"]) > 1:
+        label += f", {rounds} rounds"
     return label
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from mmalign_jax.models.mllm import Mllm, Prefill
+from mmalign_jax.sampling.stop_strings import StopStrings
 from mmalign_jax.types import PREFIX, PairBatch
 
 
@@ -22,16 +23,20 @@ class DecodeOptions:
     Args:
       max_new_tokens: X, slots of a lane's tail.
       temperature: divides the logits before drawing.
-      top_p: draws from the smallest set of tokens that holds this much probability (arXiv 1904.09751).
+      top_k: draws from the so many likeliest tokens (arXiv 1805.04833), and those that are as likely as the last of them; 0: from all.
+      top_p: draws from the smallest set of tokens that holds this much probability (arXiv 1904.09751), of what `top_k` leaves.
       stop_ids: a lane ends with the first of these (end of sequence; for BDHS also the tokens that end a sentence).
       banned_ids: never generated (image and other special tokens).
+      stop_strings: a lane also ends with the token that completes one of them; see `stop_strings.automata`.
     """
 
     max_new_tokens: int
     temperature: float = 0.0
+    top_k: int = 0
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
     banned_ids: tuple[int, ...] = ()
+    stop_strings: StopStrings | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -99,18 +104,22 @@ def decode_lanes(
     banned = jnp.zeros(vocabulary, bool).at[jnp.array(options.banned_ids, jnp.int32)].set(True)
 
     def body(carry):
-        step, hidden, tail, tokens, logps, lengths, done, stopped = carry
+        step, hidden, tail, tokens, logps, lengths, done, stopped, read = carry
         logits = model.logits(params, hidden)
         chosen = _draw(jnp.where(banned, -jnp.inf, logits), keys, step, options)
         here = (jnp.arange(options.max_new_tokens) == step) & ~done[..., None]
         tokens = jnp.where(here, chosen[..., None], tokens)
         logps = jnp.where(here, _logp(logits, chosen)[..., None], logps)
         lengths = lengths + ~done
-        stopped |= stops.at[chosen].get(out_sharding=_like(chosen)) & ~done
+        ends = stops.at[chosen].get(out_sharding=_like(chosen))
+        if options.stop_strings is not None:
+            read, complete = options.stop_strings.step(read, chosen)
+            ends |= complete
+        stopped |= ends & ~done
         done |= stopped
         where = (first_position + step, first_turning + step)
         hidden, tail = model.decode_step(params, prefill.cache, tail, chosen, *where, view, step)
-        return step + 1, hidden, tail, tokens, logps, lengths, done, stopped
+        return step + 1, hidden, tail, tokens, logps, lengths, done, stopped, read
 
     # not take_along_axis, which cannot tell the sharding of one lane of one row
     hidden = jax.vmap(lambda values, slot: values[slot])(prefill.hidden, start.slot)
@@ -118,7 +127,7 @@ def decode_lanes(
     blank = jnp.broadcast_to(zeros[..., None], (rows, lanes, options.max_new_tokens))
     carry = (
         jnp.int32(0), hidden, model.empty_tail(rows, lanes, options.max_new_tokens),
-        blank, blank.astype(jnp.float32), zeros, ~start.active, zeros.astype(bool),
+        blank, blank.astype(jnp.float32), zeros, ~start.active, zeros.astype(bool), zeros,
     )  # fmt: skip
     carry = jax.lax.while_loop(lambda c: (c[0] < options.max_new_tokens) & ~jnp.all(c[6]), body, carry)
     return Samples(tokens=carry[3], lengths=carry[5], logps=carry[4], stopped=carry[7])
@@ -137,6 +146,9 @@ def _draw(logits: Float[Array, "B S V"], keys: Array, step: Int[Array, ""], opti
     if options.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / options.temperature
+    if 0 < options.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, options.top_k)[0][..., -1:]
+        logits = jnp.where(logits < least, -jnp.inf, logits)
     if options.top_p < 1.0:
         order = jnp.sort(logits, axis=-1, descending=True)
         before = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1) - jax.nn.softmax(order, axis=-1)

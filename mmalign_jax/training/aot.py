@@ -26,7 +26,7 @@ from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.step import make_train_step
 from mmalign_jax.training.trainable import Trainable
-from mmalign_jax.types import PairBatch, TrainState
+from mmalign_jax.types import PairBatch, Sampled, TrainState
 
 GIB = 2**30
 # HBM of one JAX device, in bytes (a tpu7x chip is two devices)
@@ -63,13 +63,14 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
     mesh_lib.check_batch(mesh, config.train.batch_size // config.train.accumulate)
     sizes = with_adapter(config, sizes)
     objective = losses.build(config.objective.name, **config.objective.hyperparameters)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, config.train.updates)
     kind = Reference.of(config, Trainable.of(config, sizes), objective)
     state, reference, batch = _abstract_arguments(config, sizes, mesh, optimizer, objective, kind)
     dtype = mesh_lib.compute_dtype(config.model.compute_dtype, "tpu")
     model = Mllm(sizes, (0.5,) * 3, (0.5,) * 3, dtype, remat=config.model.remat == "full")
     loss = LossFunction(model, dataclasses.replace(objective, reference_free=kind.free), config.train.redraw_views == "epoch")
-    step = make_train_step(loss, optimizer, make_schedule(config.optimizer, config.train.steps), follow=kind.follow)
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    step = make_train_step(loss, optimizer, schedule, follow=kind.follow, updates=config.train.updates)
     start = time.monotonic()
     with jax.set_mesh(mesh):
         memory = step.lower(state, reference, batch).compile().memory_analysis()
@@ -151,7 +152,9 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, objective: lo
         axes = (None, "batch") + (None,) * len(shape)
         return jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=mesh_lib.sharding(mesh, *axes))
 
-    answers, cached = objective.answers, kind.kind == "cached"
+    sampled, cached = Need.SAMPLED in objective.needs, kind.kind == "cached"
+    answers = config.samples.count if sampled else objective.answers
+    answer = config.samples.max_tokens if sampled else answer
     row = (prefix + answers * answer,)
     other = "other_images" in views.parse(objective.view).needs if objective.view else False
     batch = PairBatch(
@@ -170,6 +173,7 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, objective: lo
         other_images=array((tiles, side, side, 3), jnp.uint8) if other else None,
         reference_logps=array(row, jnp.float32) if cached else None,
         reference_other_logps=array((objective.other_answers * answer,), jnp.float32) if cached and objective.other_answers else None,
+        sampled=Sampled(*(array(shape, jnp.float32) for shape in ((answers,), (answers, answer), (), ()))) if sampled else None,
     )
     one_answer = {"changed": None, "other_images": None, "reference_logps": None, "reference_other_logps": None}
     auxiliary = dataclasses.replace(batch.first_answers(1), **one_answer) if Need.AUXILIARY in objective.needs else None

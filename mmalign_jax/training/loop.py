@@ -26,7 +26,7 @@ from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.signals import StopRequest
 from mmalign_jax.training.step import init_state, make_train_step, zero_gradients
-from mmalign_jax.training.step_zero import in_words, largest_log_ratio
+from mmalign_jax.training.step_zero import check_samples, in_words, largest_log_ratio
 from mmalign_jax.training.stopper import reason_to_stop
 from mmalign_jax.training.trainable import Trainable, describe
 from mmalign_jax.types import PairBatch, TrainState
@@ -80,7 +80,8 @@ def train(
     Raises:
       UserError: a step's loss is not finite (with the step and the rows' record keys), or a checkpoint cannot be read.
     """
-    optimizer, schedule = make_optimizer(config.optimizer, config.train.steps), make_schedule(config.optimizer, config.train.steps)
+    steps, updates = config.train.steps, config.train.updates
+    optimizer, schedule = make_optimizer(config.optimizer, steps, updates), make_schedule(config.optimizer, steps)
     objective = loss.objective
     kept = config.model.reference_dtype
     kept = loss.model.dtype if kept == "auto" else kept
@@ -88,7 +89,8 @@ def train(
     reference = Reference.of(config, rule, objective)
     with jax.set_mesh(mesh):
         like, _ = rule.split(abstract_policy(sizes, mesh))
-        step = make_train_step(loss, optimizer, schedule, follow=reference.follow, rows_per_epoch=rows_per_epoch)
+        options = {"rows_per_epoch": rows_per_epoch, "updates": updates}
+        step = make_train_step(loss, optimizer, schedule, follow=reference.follow, **options)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         writer = MetricsWriter(
             workdir, config.report.tensorboard, config.report.wandb, dataclasses.asdict(config), enabled=jax.process_index() == 0
@@ -164,6 +166,8 @@ class _Run:
             extra = measures.before(number, state, reference, device_batch)
             if number == 0 and batch.reference_logps is not None and (problem := in_words(largest_log_ratio(self.loss, state, device_batch))):
                 self.console.line(f"WARNING: {problem}")
+            if number == 0 and batch.sampled is not None:
+                check_samples(self.loss, state, device_batch)
             state, metrics = self.step(state, reference, device_batch)
             # the step before has ended by now: looking at it does not hold the device up
             if in_flight is not None:
@@ -203,7 +207,7 @@ class _Run:
     def _flops(self, batch: PairBatch) -> float:
         """Of a step on these rows of this process, as if all processes had rows of this shape: they do."""
         rows = self.config.train.batch_size / (batch.tokens.shape[0] * batch.tokens.shape[1])
-        return rows * step_flops(self.sizes, batch, work=self.work, freeze=self.rule.frozen)
+        return self.config.train.updates * rows * step_flops(self.sizes, batch, work=self.work, freeze=self.rule.frozen)
 
     def _speed(self, seconds: float, waiting: float, flops: float) -> dict[str, float]:
         """Means over the steps since the last log, compilation of new shapes included."""

@@ -86,7 +86,8 @@ class LossFunction:
         batch, needs = self.prepared(batch), self.objective.needs
         run = _Pass(self, params, frozen, reference, batch, key, moment)
         answers, mismatched, more = run.answers()
-        stats = BranchStats(answers, mismatched=mismatched, margin=batch.margin, weight=batch.weight, state=moment.objective, **more)
+        own = {"margin": batch.margin, "weight": batch.weight, "sampled": batch.sampled}
+        stats = BranchStats(answers, mismatched=mismatched, state=moment.objective, **own, **more)
         stats = dataclasses.replace(stats, epoch=moment.epoch, key=jax.random.fold_in(key, moment.step) if Need.BATCH in needs else None)
         if Need.OTHER_IMAGE in needs:
             stats = dataclasses.replace(stats, other_image=run.other_image())

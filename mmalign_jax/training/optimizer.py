@@ -29,13 +29,17 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, after], [warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, updates: int = 1) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) behind an optional clip by global norm. Norm scales and biases are not decayed.
 
     A part with a learning rate of its own moves by as many times more or less; the schedule is the same for all.
+
+    Args:
+      updates: of each step; all of them have the step's learning rate.
     """
+    schedule = make_schedule(config, steps)
     adamw = optax.adamw(
-        make_schedule(config, steps),
+        schedule if updates == 1 else lambda count: schedule(count // updates),
         b1=config.b1,
         b2=config.b2,
         weight_decay=config.weight_decay,

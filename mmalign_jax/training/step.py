@@ -56,6 +56,7 @@ def make_train_step(
     *,
     follow: Follow | None = None,
     rows_per_epoch: int = 0,
+    updates: int = 1,
 ) -> Callable[[TrainState, dict | None, PairBatch], tuple[TrainState, Metrics]]:
     """The step `(state, reference, batch [A, B, ...]) -> (state, metrics)`, jitted, its state donated.
 
@@ -65,25 +66,33 @@ def make_train_step(
     Args:
       follow: the reference is in the state, and moves; the argument is None then.
       rows_per_epoch: rows of the data set, for what changes by epoch; 0: everything is one epoch.
+      updates: the optimizer moves the policy so many times on the same rows; metrics are means over the updates.
     """
 
     def step(state: TrainState, reference: dict | None, batch: PairBatch) -> tuple[TrainState, Metrics]:
         parts, rows = batch.tokens.shape[:2]
         epoch = state.step * (parts * rows) // rows_per_epoch if rows_per_epoch else jnp.int32(0)
-        moment = Moment(state.step, epoch, state.objective)
         reference = state.reference if follow is not None else reference
         prepared = loss.prepared(batch)
-        of = lambda params, some: loss.statistics(params, state.frozen, reference, some, state.key, moment)  # noqa: E731
-        grads, metrics, carried = _gradient(loss.objective, of, state.params, prepared, moment)
-        with jax.named_scope("update"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        metrics |= {
-            "grad_norm": optax.tree.norm(grads),
-            "zero_gradients": sum(silent.astype(jnp.int32) for silent in unreached(grads, state.params).values()),
-            "learning_rate": schedule(state.step),
-            "padding_fraction": jnp.mean(batch.role == 0, dtype=jnp.float32),
-        }
+
+        def update(carry: tuple[dict, optax.OptState, dict], _: None) -> tuple[tuple[dict, optax.OptState, dict], Metrics]:
+            params, opt_state, carried = carry
+            moment = Moment(state.step, epoch, carried)
+            of = lambda params, some: loss.statistics(params, state.frozen, reference, some, state.key, moment)  # noqa: E731
+            grads, metrics, carried = _gradient(loss.objective, of, params, prepared, moment)
+            with jax.named_scope("update"):
+                moves, opt_state = optimizer.update(grads, opt_state, params)
+                moved = optax.apply_updates(params, moves)
+            silent = sum(silent.astype(jnp.int32) for silent in unreached(grads, params).values())
+            return (moved, opt_state, carried), {**metrics, "grad_norm": optax.tree.norm(grads), "zero_gradients": silent}
+
+        carry = (state.params, state.opt_state, state.objective)
+        if updates == 1:
+            (params, opt_state, carried), metrics = update(carry, None)
+        else:
+            (params, opt_state, carried), by_update = jax.lax.scan(update, carry, None, length=updates)
+            metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), by_update) | {"zero_gradients": by_update["zero_gradients"][0]}
+        metrics |= {"learning_rate": schedule(state.step), "padding_fraction": jnp.mean(batch.role == 0, dtype=jnp.float32)}
         moved = state.reference if follow is None else follow(state.reference, params, state.step + 1)
         return TrainState(state.step + 1, params, state.frozen, opt_state, state.key, carried, moved), metrics
 

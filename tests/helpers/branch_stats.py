@@ -8,6 +8,7 @@ import numpy as np
 
 from mmalign_jax import losses
 from mmalign_jax.losses import AnswerLogps, BranchStats, Need, Objective
+from mmalign_jax.types import Sampled
 
 LP_W, LP_L = [-20.0, -35.5, -12.25], [-24.0, -30.0, -12.75]
 REF_W, REF_L = [-22.0, -34.0, -12.0], [-23.0, -31.5, -14.0]
@@ -73,8 +74,17 @@ def random_stats(objective: Objective, *, rows: int = 4, slots: int = 3, seed: i
     def real(*shape: int, low: float = 0.1, high: float = 3.0) -> jax.Array:
         return jnp.array(rng.uniform(low, high, size=shape), dtype)
 
+    def sampled() -> Sampled:
+        """A little off the policy, some of it beyond the clips."""
+        inside = answers.token_weight > 0
+        logps = jnp.where(inside, answers.policy_tokens + real(*inside.shape, low=-0.4, high=0.4), 0.0)
+        total = jnp.broadcast_to(jnp.sum(answers.lengths) / rows, (rows,)).astype(dtype)
+        return Sampled(real(*inside.shape[:2]), logps, total, jnp.full(rows, 8.0, dtype))
+
+    answers = logps(4 if Need.SAMPLED in needs else objective.answers)
     return BranchStats(
-        answers=logps(objective.answers),
+        answers=answers,
+        sampled=some(Need.SAMPLED, sampled()),
         other_image=some(Need.OTHER_IMAGE, logps(max(objective.other_answers, 1))),
         no_image=some(Need.NO_IMAGE, logps(2)),
         mismatched=some(Need.MISMATCHED, logps(1)),

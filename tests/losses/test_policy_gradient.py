@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmalign_jax.losses.policy_gradient import group_advantages, k3, policy_gradient, soft_overlong
+from mmalign_jax.losses.policy_gradient import group_advantages, k3, leave_one_out, policy_gradient
 
 NAN = np.nan  # whatever stands off the mask
 LOGPS = np.array([[-1.0, -0.5, -2.0], [-0.7, -1.2, NAN]])
@@ -146,5 +146,8 @@ def test_group_advantages():
     np.testing.assert_array_equal(group_advantages(two[:, :1]), 0)
 
 
-def test_soft_overlong():
-    np.testing.assert_allclose(soft_overlong(jnp.array([100, 16384, 18432, 20480, 30000]), 20480, 4096), [0, 0, -0.5, -1, -1])
+def test_leave_one_out():
+    rewards = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
+    others = [[np.mean(np.delete(row, place)) for place in range(5)] for row in rewards]
+    np.testing.assert_allclose(leave_one_out(jnp.array(rewards)), rewards - others, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(leave_one_out(jnp.array(rewards[:, :1])), 0)

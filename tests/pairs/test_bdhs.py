@@ -22,7 +22,7 @@ from mmalign_jax.data.validate import check_record
 from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.pairs import bdhs
 from mmalign_jax.pairs.bdhs import BdhsSampler
-from mmalign_jax.pairs.bdhs_records import make_pairs, to_records
+from mmalign_jax.pairs.bdhs_records import Statistics, make_pairs, to_records
 from mmalign_jax.pairs.masked_decode import FeaturePool
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.pairs.similarity import ngram_cosine
@@ -228,7 +228,7 @@ def test_texts_of_guided_answers(outcomes):
 
 def test_whole_pairs(tiny, sampler_of, outcomes):
     run = sampler_of()
-    parts = list(make_pairs(run.sampler, run.params, iter(build()), GREEDY))
+    parts = list(make_pairs(run.sampler, run.params, iter(build()), GREEDY, Statistics()))
     made, statistics = [pair for pairs, _ in parts for pair in pairs], parts[-1][1]
     assert [counts.records for _, counts in parts] == list(range(1, len(build()) + 1))
     assert statistics.records == len(build()) == statistics.pairs + statistics.unchanged + statistics.unusable
@@ -307,7 +307,7 @@ def test_nothing_new_or_nothing_readable_gives_no_pair(tiny, sampler_of, outcome
     decode = type(tiny.processor).decode
     monkeypatch.setattr(type(tiny.processor), "decode", lambda self, ids: decode(self, ids) + " <image>")
     run = sampler_of()
-    (made, _), (_, statistics) = make_pairs(run.sampler, run.params, build()[:2], GREEDY)
+    (made, _), (_, statistics) = make_pairs(run.sampler, run.params, build()[:2], GREEDY, Statistics())
     assert not made and statistics.unusable == 2 and statistics.unchanged == 0 and statistics.by_iteration == {3: 2}
 
 

@@ -13,7 +13,7 @@ from helpers import checkpoints
 from helpers.tiny import record
 
 from mmalign_jax import mesh as mesh_lib
-from mmalign_jax.config import Config, DataConfig, PairsConfig
+from mmalign_jax.config import Config, DataConfig, PairsConfig, SamplesConfig
 from mmalign_jax.data import builder
 from mmalign_jax.data.sources.source import Source
 from mmalign_jax.errors import DataError, UserError
@@ -21,6 +21,7 @@ from mmalign_jax.files import claimed
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs import offline
 from mmalign_jax.pairs.bdhs_records import Statistics
+from mmalign_jax.pairs.journal import Journal
 from mmalign_jax.report.console import Console
 from mmalign_jax.types import Preference, Response
 
@@ -121,7 +122,7 @@ def test_records_that_do_not_fit_are_named(policy, tmp_path):
     long = record("long", "What?", "A table. " * 20, images=[1])
     config = dataclasses.replace(CONFIG, data=DataConfig(workers=0, answer_tokens=48, on_long_row="drop"))
     made, _ = make(policy, prepared(tmp_path / "set", [*RECORDS[:2], long]), tmp_path / "pairs", config)
-    for found in (made, offline.read_offline(made.prepared)):
+    for found in (made, offline.read_offline(made.prepared, config)):
         assert [row.record_id for row in found.left_out] == ["long"] and found.left_out[0].policy == "dropped_long"
         assert isinstance(found.statistics, Statistics) and found.statistics.records == 2
 
@@ -135,8 +136,7 @@ def test_pairs_are_not_held_in_memory(policy, tmp_path, monkeypatch):
             read.append(index)
             return super().__getitem__(index)
 
-    def two_at_a_time(sampler, params, records, config):
-        statistics = Statistics()
+    def one_at_a_time(sampler, params, records, config, statistics):
         del read[:]  # what the plan read
         for number, one in enumerate(records):
             answers = (one.responses[0], Response("A tree.", source="bdhs"))
@@ -153,7 +153,7 @@ def test_pairs_are_not_held_in_memory(policy, tmp_path, monkeypatch):
 
     records, prepare = prepared(tmp_path / "set"), builder.prepare
     monkeypatch.setattr(records, "__class__", Counting)
-    monkeypatch.setattr(offline, "make_pairs", two_at_a_time)
+    monkeypatch.setattr(offline, "make_pairs", one_at_a_time)
     monkeypatch.setattr(builder, "prepare", watching)
     make(policy, records, tmp_path / "pairs")
     assert read_before == [1, 2, 3, 4, 5]
@@ -162,7 +162,7 @@ def test_pairs_are_not_held_in_memory(policy, tmp_path, monkeypatch):
 def test_an_interrupted_run_leaves_nothing_and_damaged_statistics_are_named(policy, tmp_path, monkeypatch):
     records = prepared(tmp_path / "set")
 
-    def stopped(sampler, params, rows, config):
+    def stopped(sampler, params, rows, config, statistics):
         raise KeyboardInterrupt
         yield
 
@@ -178,10 +178,49 @@ def test_an_interrupted_run_leaves_nothing_and_damaged_statistics_are_named(poli
             make(policy, records, tmp_path / "pairs")
 
 
+@pytest.mark.parametrize("maker", ["bdhs", "samples"])
+def test_a_killed_run_goes_on_with_the_record_that_it_was_at(policy, tmp_path, monkeypatch, maker):
+    """Nothing is made twice, nothing is lost, and the counts are those of a run that was not killed."""
+    scorers = {"scorers": ("objects(wrong=0.5)", "length(-0.1)"), "synonyms": str(tmp_path / "table.json")}
+    samples = SamplesConfig(count=2, max_tokens=6, batch_size=2, **scorers)
+    (tmp_path / "table.json").write_text(json.dumps({letter: [] for letter in "abcdef"}))
+    config = dataclasses.replace(CONFIG, pairs=dataclasses.replace(PAIRS, maker=maker), samples=samples)
+    records = prepared(tmp_path / "set", [dataclasses.replace(one, meta={"objects": ["a"]}) for one in RECORDS])
+    whole, _ = make(policy, records, tmp_path / "whole", config)
+    name = {"bdhs": "make_pairs", "samples": "sampled_pairs"}[maker]
+    work, asked = getattr(offline, name), []
+
+    def killed(*arguments):
+        sampler, params, rows, *others = arguments
+        listed = list(rows)
+        asked.extend(one.id for one in listed)
+        for number, made in enumerate(work(sampler, params, iter(listed), *others)):
+            if number == 2 and len(listed) == len(RECORDS):
+                raise KeyboardInterrupt
+            yield made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offline, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(policy, records, tmp_path / "pairs", config)
+        journal = tmp_path / ".pairs.made.jsonl"
+        with journal.open("ab") as opened:
+            opened.write(b'{"pairs": ["{')  # a line that the kill cut off
+        asked.clear()
+        made, said = make(policy, records, tmp_path / "pairs", config)
+    assert asked == ["r2", "r3", "r4"] and "Going on: 2 of 5 records are done" in said
+    assert pairs_of(made) == pairs_of(whole) and made.statistics == whole.statistics and made.statistics.records == 5
+    assert not journal.exists()
+    journal.write_text('"of other settings"\n{"pairs": [], "statistics": {}}\n')
+    with Journal(journal, "of these") as other:
+        assert len(other) == 0
+    assert not journal.exists()
+
+
 def test_no_pair_at_all_and_several_processes(policy, tmp_path, monkeypatch):
     records = prepared(tmp_path / "set")
     with monkeypatch.context() as patch:
-        patch.setattr(offline, "make_pairs", lambda sampler, params, rows, config: iter([([], Statistics(records=5, unchanged=5))]))
+        patch.setattr(offline, "make_pairs", lambda sampler, params, rows, config, counts: iter([([], Statistics(records=5, unchanged=5))]))
         with pytest.raises(UserError, match="config.pairs: no pair came out of 5 records"):
             make(policy, records, tmp_path / "pairs")
     made, _ = make(policy, records, tmp_path / "pairs")

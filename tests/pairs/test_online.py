@@ -15,7 +15,7 @@ from mmalign_jax.data.layout import lay_out
 from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.errors import UserError
 from mmalign_jax.pairs.bdhs import BdhsSampler
-from mmalign_jax.pairs.online import OnlineBatches
+from mmalign_jax.pairs.online import BdhsBatches
 from mmalign_jax.types import PairBatch, Preference, Response, record_key
 
 RECORDS = [record(color, "What is there?", f"A {color} cat. Yes.", images=[len(color)]) for color in ("red", "blue", "green")]
@@ -39,7 +39,7 @@ def make(tmp_path_factory):
 
     def online(config=TRAIN, slots=64):
         layout = dataclasses.replace(plan.layout, answers=2, answer_slots=slots)
-        return OnlineBatches(RECORDS, tiny.processor, sampler, plan, layout, config), layout
+        return BdhsBatches(RECORDS, tiny.processor, sampler, plan, layout, config), layout
 
     online.params, online.processor, online.sampler = tiny.sharded(mesh), tiny.processor, sampler
     return online

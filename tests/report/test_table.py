@@ -15,7 +15,9 @@ def write(root, run, value, seed=0, before=None, **objective):
     config = {
         "model": {"path": "models/first"},
         "objective": {"beta": None, **objective},
-        "pairs": {"per_sentence": objective["name"] == "ipo", "when": "offline"},
+        "pairs": {"per_sentence": objective["name"] == "ipo", "when": "offline", "maker": "bdhs"},
+        "samples": {"count": 2, "offline_share": 0.0},
+        "rounds": {"count": 1},
         "train": {"seed": seed, "batch_size": 8},
     }
     (root / run).mkdir()

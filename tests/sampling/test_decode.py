@@ -161,11 +161,11 @@ def test_hidden_image_tokens_are_masked_in_every_layer(tiny):
 ALLOWED = (50, 60, 70, 80, 90, 100)
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(0.5, 1.0), (2.0, 0.7)])
-def test_draws_follow_the_tempered_and_cut_distribution(tiny, batch, temperature, top_p):
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(0.5, 1.0, 0), (2.0, 0.7, 0), (2.0, 0.7, 4)])
+def test_draws_follow_the_tempered_and_cut_distribution(tiny, batch, temperature, top_p, top_k):
     lanes, one = 4000, rows(batch, 0)
     banned = tuple(sorted(set(range(tiny.config.decoder.vocab_size)) - set(ALLOWED)))
-    options = DecodeOptions(1, temperature=temperature, top_p=top_p, banned_ids=banned)
+    options = DecodeOptions(1, temperature=temperature, top_p=top_p, top_k=top_k, banned_ids=banned)
 
     @quick_jit
     def run(batch):
@@ -180,8 +180,12 @@ def test_draws_follow_the_tempered_and_cut_distribution(tiny, batch, temperature
     expected = np.exp(allowed - allowed.max())
     expected /= expected.sum()
     order = np.argsort(-expected)
+    if top_k:
+        expected[order[top_k:]] = 0.0
+        expected /= expected.sum()
+        order = order[:top_k]
     kept = order[np.cumsum(expected[order]) - expected[order] < top_p]
-    assert top_p == 1 or 1 < len(kept) < len(ALLOWED)
+    assert top_p == 1 or 1 < len(kept) < len(order)
     cut = np.zeros(len(ALLOWED))
     cut[kept] = expected[kept] / expected[kept].sum()
     counts = np.array([np.sum(np.asarray(tokens) == token) for token in ALLOWED])
