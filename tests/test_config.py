@@ -69,5 +69,27 @@ def test_an_empty_place_means_the_objectives_default():
     assert from_mapping({"objective": {"name": "dpo", "beta": None}}).objective.hyperparameters == {}
 
 
+SAMPLED = {"pairs": {"maker": "samples", "when": "online"}, "samples": {"scorers": ("exact",)}}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objective": {"name": "grpo"}}, "config.pairs.maker: grpo learns from answers that the policy draws during training"),
+        ({"objective": {"name": "rloo"}, **SAMPLED, "pairs": {"maker": "samples"}}, "config.pairs.maker: rloo learns from answers"),
+        (SAMPLED | {"samples": {}}, "config.samples.scorers: say what"),
+        (SAMPLED | {"objective": {"name": "sft"}}, "config.pairs.when: sft reads no rejected answers"),
+        (SAMPLED | {"objective": {"name": "grpo"}, "samples": {"scorers": ("exact",), "temperature": 0.7}}, "config.samples.temperature: grpo"),
+        (SAMPLED | {"reference": {"kind": "cached"}}, "config.reference.kind: pairs that are made online cannot be cached"),
+        (SAMPLED | {"objective": {"name": "grpo", "kind": "ppo"}}, "config.objective.kind: 'ppo' is not one of 'grpo'"),
+    ],
+)
+def test_answers_of_the_policys_own(values, message):
+    from_mapping(SAMPLED)
+    from_mapping(SAMPLED | {"objective": {"name": "grpo"}})
+    with pytest.raises(UserError, match=message):
+        from_mapping(values)
+
+
 def test_default_objective_exists():
     assert Config().objective.name in losses.names()

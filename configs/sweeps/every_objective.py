@@ -1,4 +1,4 @@
-"""The built-in world under every objective, each at its own defaults.
+"""The built-in world under every objective of pairs, each at its own defaults.
 
     python launch/sweep.py --config configs/sweeps/every_objective.py --run --keep_going --jobs 2
     python launch/table.py --runs runs/sweeps/every_objective
@@ -20,5 +20,7 @@ BUDGET = {"train.steps": 200, "train.batch_size": 8, "checkpoint.every": 200, "r
 
 def sweep():
     for name in losses.names():
+        if losses.Need.SAMPLED in losses.build(name).needs:
+            continue  # it learns from rewards: configs/sweeps/loops.py
         # all start from the same model: one of them measures it
         yield {"objective.name": name, "eval.before": name == "dpo"} | METHODS.get(name, {}) | BUDGET

@@ -4,6 +4,7 @@ Every one has a weight as its first argument. A score is None when there is no v
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 
 from mmalign_jax.errors import UserError
@@ -104,9 +105,9 @@ def names() -> tuple[str, ...]:
     return tuple(_RULES)
 
 
-def usage() -> list[str]:
-    """A line for each scorer: its name and arguments."""
-    return [_TABLE.usage(name) for name in _RULES]
+def summary(name: str) -> str:
+    """The first line of a scorer's description."""
+    return (inspect.getdoc(_RULES[name].function) or "").splitlines()[0]
 
 
 def _reference(record: PreferenceRecord) -> str:

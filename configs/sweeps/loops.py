@@ -1,0 +1,17 @@
+"""The built-in world's model, trained on answers of its own: reinforcement learning, online and mixed pairs.
+
+    python launch/sweep.py --config configs/sweeps/loops.py --run --keep_going
+    python launch/table.py --runs runs/sweeps/loops
+"""
+
+base = "../recipes/world_rewards.py"
+GROUPS = ("grpo", "dr_grpo", "dapo", "rloo")
+SHARED = {"report.gallery": 0, "checkpoint.every": 50, "monitor.every": 0}
+
+
+def sweep():
+    for seed in range(3):
+        own = SHARED | {"train.seed": seed, "samples.seed": seed, "eval.before": seed == 0}
+        for name in GROUPS:
+            yield {"objective.name": name, **own}
+        yield {"objective.name": "dpo", **own}
