@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mmalign_jax.losses.branches import Branch, Need
+from mmalign_jax.losses.branches import CHOSEN, Branch, Need
 from mmalign_jax.losses.policy_gradient import Kind, Level, check, group_advantages, leave_one_out, token_losses
 from mmalign_jax.losses.stats import BranchStats
 from mmalign_jax.losses.terms import PerPair, Term
@@ -39,7 +39,7 @@ class PolicyGradient(Term):
     kl_in_reward: float = 0.0
     label: ClassVar[str] = "policy"
     of_pair: ClassVar[bool] = False
-    branches: ClassVar[tuple[Branch, ...]] = ()
+    branches: ClassVar[tuple[Branch, ...]] = (CHOSEN,)  # and all others of the row, whose number the samples decide
 
     def __post_init__(self):
         check(self.kind, self.level, max_length=1)  # that of the samples
