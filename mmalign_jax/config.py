@@ -37,7 +37,9 @@ class ModelConfig:
     reference_dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="type in which the frozen trees are kept")
     adapter: str = setting("", help="LoRA adapter of model.path in PEFT's form: goes on training, and is part of the reference")
     freeze: tuple[str, ...] = setting(
-        ("auto",), help="parts whose own weights do not train: vision_tower, projector, decoder. auto: the tower, with LoRA all three"
+        ("auto",),
+        help="parts whose own weights do not train: vision_tower, projector, decoder. auto: the tower, with LoRA all three. A score head always "
+        "trains",
     )
     remat: str = setting("none", choices=("none", "full"), help="recompute each layer in the backward pass")
 
@@ -69,6 +71,7 @@ class DataConfig:
     max_frames: int = setting(512, min=1, help="most frames of one video; each is an image as far as the other limits go")
     prefix_tokens: int = setting(0, min=0, help="most slots for images and prompt; a run uses as many as its longest row needs; 0: no limit")
     answer_tokens: int = setting(0, min=0, help="most slots for one answer; 0: no limit")
+    holdout: float = setting(0.0, min=0.0, max=0.9, help="share of the records that is kept out of training, to be measured on; see data.holdout")
     buckets: int = setting(0, min=0, max=32, help="row shapes in training, each compiled once; 0: 4 where pictures have any size, else 1")
     workers: int = setting(4, min=0, help="threads that read and decode")
 
@@ -121,9 +124,23 @@ class ObjectiveConfig:
     @property
     def answers(self) -> int:
         """How many answers of a row the objective reads."""
+        return self._built.answers
+
+    @property
+    def score_head(self) -> bool:
+        """Whether the objective reads scores or values, so that the model has a head for them."""
+        return self._built.score_head
+
+    @property
+    def reads_logps(self) -> bool:
+        """Whether the objective reads log-probs of answers; otherwise the vocabulary is not computed, and the output kernel does not train."""
+        return self._built.reads_logps
+
+    @property
+    def _built(self) -> Any:
         from mmalign_jax import losses  # arrays only; imported late so that reading a config does not load jax
 
-        return losses.build(self.name, **self.hyperparameters).answers
+        return losses.build(self.name, **self.hyperparameters)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +167,7 @@ class OptimizerConfig:
     vision_tower_learning_rate: float = setting(0.0, min=0.0, help="of one part, with the same schedule; 0: learning_rate")
     projector_learning_rate: float = setting(0.0, min=0.0)
     decoder_learning_rate: float = setting(0.0, min=0.0)
+    score_head_learning_rate: float = setting(0.0, min=0.0)
     schedule: str = setting("cosine", choices=("cosine", "linear", "constant"))
     warmup_fraction: float = setting(0.0, min=0.0, max=0.9, help="share of the steps in which the learning rate rises linearly")
     final_fraction: float = setting(0.0, min=0.0, max=1.0, help="what the learning rate ends with, as a share of its peak")
@@ -162,7 +180,7 @@ class OptimizerConfig:
     @property
     def rates(self) -> dict[str, float]:
         """Part -> its own learning rate, 0 where it has that of all."""
-        return {"vision_tower": self.vision_tower_learning_rate, "projector": self.projector_learning_rate, "decoder": self.decoder_learning_rate}
+        return {part: getattr(self, f"{part}_learning_rate") for part in (*PARTS, "score_head")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +243,7 @@ class EvalConfig:
     before: bool = setting(True, help="also measure the model at step 0")
     probe_every: int = setting(0, min=0, help="steps between two probes of eval.probe_pictures pictures of the counterfactual split; 0: none")
     probe_pictures: int = setting(50, min=1)
+    holdout_every: int = setting(0, min=0, help="steps between two measures of the held-out pairs (data.holdout); 0: after the last step alone")
     chair_weight: float = setting(1.0, min=0.0, help="probe/score = F1 of POPE - chair_weight * CHAIR_i")
 
 
@@ -317,7 +336,7 @@ def _check_parts(config: Config) -> None:
     if freeze != ("auto",):
         if unknown := set(freeze) - set(PARTS):
             raise UserError(f"config.model.freeze: unknown part {sorted(unknown)}; the parts are {', '.join(PARTS)}, or auto alone")
-        if len(set(freeze)) == len(PARTS) and not lora.rank and not config.model.adapter:
+        if len(set(freeze)) == len(PARTS) and not (lora.rank or config.model.adapter or config.objective.score_head):
             raise UserError("config.model.freeze: all parts are frozen, nothing would train")
     if lora.rank and not (lora.targets and lora.parts):
         raise UserError("config.lora: give at least one of lora.targets and one of lora.parts, or lora.rank = 0")

@@ -21,6 +21,8 @@ class Need(enum.Enum):
     MARGIN = "margin"
     AUXILIARY = "auxiliary_nll"
     EPOCH = "epoch"
+    SCORES = "scores"  # of whole answers, by the model's score head
+    VALUES = "values"  # the same head at the state before every answer token
     BATCH = "batch"  # statistics over all rows of a step
 
 

@@ -26,6 +26,7 @@ class Term(abc.ABC):
 
     label: ClassVar[str] = "term"
     of_pair: ClassVar[bool] = True  # false: it reads other rows, which the pair's weight does not concern
+    reads_logps: ClassVar[bool] = True
 
     @property
     @abc.abstractmethod
@@ -40,6 +41,10 @@ class Term(abc.ABC):
     @abc.abstractmethod
     def __call__(self, stats: BranchStats) -> PerPair:
         """The loss of each pair."""
+
+    def metrics(self, stats: BranchStats) -> dict[str, Float[Array, "*b"]]:
+        """What it reports beside its loss: by row, or already a mean."""
+        return {}
 
     def initial_state(self) -> dict[str, float]:
         return {}
