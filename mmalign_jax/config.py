@@ -71,7 +71,7 @@ class DataConfig:
     max_frames: int = setting(512, min=1, help="most frames of one video; each is an image as far as the other limits go")
     prefix_tokens: int = setting(0, min=0, help="most slots for images and prompt; a run uses as many as its longest row needs; 0: no limit")
     answer_tokens: int = setting(0, min=0, help="most slots for one answer; 0: no limit")
-    holdout: float = setting(0.0, min=0.0, max=0.9, help="share of the records that is kept out of training, to be measured on; see data.holdout")
+    holdout: float = setting(0.0, min=0.0, max=0.9, help="share of the records that is kept out of training, to be measured on")
     buckets: int = setting(0, min=0, max=32, help="row shapes in training, each compiled once; 0: 4 where pictures have any size, else 1")
     workers: int = setting(4, min=0, help="threads that read and decode")
 
@@ -135,6 +135,11 @@ class ObjectiveConfig:
     def reads_logps(self) -> bool:
         """Whether the objective reads log-probs of answers; otherwise the vocabulary is not computed, and the output kernel does not train."""
         return self._built.reads_logps
+
+    @property
+    def compares(self) -> bool:
+        """Whether the objective sets answers above others, so that its accuracy can be measured."""
+        return self._built.compares is not None
 
     @property
     def _built(self) -> Any:
@@ -327,6 +332,18 @@ def _check_across(config: Config) -> None:
         raise UserError("config.pairs.gamma: the set's own rejected answers go with whole pairs that are made offline; leave it 0")
     if config.data.format == "scenes" and config.data.path:
         raise UserError(f"config.data.path: {config.data.path} would not be read, because config.data.format is scenes; leave one of the two out")
+    if not config.objective.reads_logps:
+        for group, name in (("eval", "benchmarks"), ("eval", "probe_every"), ("stop", "length_ratio")):
+            if getattr(getattr(config, group), name):
+                raise UserError(f"config.{group}.{name}: {config.objective.name} trains scores and not what the model says; leave it out")
+    if config.data.holdout and not config.objective.compares:
+        raise UserError(f"config.data.holdout: {config.objective.name} compares no answers, so held-out pairs have no use; leave it 0")
+    if config.data.holdout and config.pairs.maker != "none" and config.pairs.when == "online":
+        raise UserError("config.data.holdout: pairs that are made online cannot be held out; make them offline, or leave it 0")
+    if config.eval.holdout_every and not config.data.holdout:
+        raise UserError("config.eval.holdout_every: no pairs are held out; set config.data.holdout")
+    if config.auxiliary.holdout:
+        raise UserError("config.auxiliary.holdout: only pairs of config.data are held out; leave it 0")
     if config.model.init and config.model.path:
         raise UserError("config.model.path: a run that starts from config.model.init reads no model; leave one of the two empty")
 

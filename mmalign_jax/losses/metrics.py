@@ -50,6 +50,8 @@ def metrics_of(
     needs = frozenset().union(*(term.needs for _, term in terms))
     if Need.OTHER_IMAGE not in needs:
         stats = dataclasses.replace(stats, other_image=None)
+    if not any(term.reads_logps for _, term in terms):
+        stats = dataclasses.replace(stats, answers=dataclasses.replace(stats.answers, policy=None))
     out = _likelihood(stats, loss)
     if len(by_label) > 1:
         out |= {f"loss/{label}": value for label, value in by_label.items()}

@@ -48,6 +48,11 @@ class Objective:
         return bool({Need.SCORES, Need.VALUES} & self.needs)
 
     @property
+    def whole_answers(self) -> bool:
+        """Whether it scores answers at their end tokens, which answers that are cut do not have."""
+        return Need.SCORES in self.needs
+
+    @property
     def compares(self) -> "Objective | None":
         """The objective of the first term that compares two answers alone, which is what `rewards` reads; None where there is no such term."""
         main = compared(self.terms)
