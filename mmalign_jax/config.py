@@ -240,7 +240,7 @@ class StopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What a run measures before, during and after training, on the built-in world. Other benchmarks: launch/evaluate.py."""
+    """What a run measures before, during and after training: benchmarks on the built-in world (others: launch/evaluate.py), held-out pairs."""
 
     benchmarks: tuple[str, ...] = setting((), choices=("pope", "chair"))
     batch_size: int = setting(64, min=1)

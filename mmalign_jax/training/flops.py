@@ -59,7 +59,7 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
     c, v = config.decoder, config.vision
     rows = batch.tokens.size // batch.tokens.shape[-1]
     layer = 2 * c.width * c.head_width * (c.heads + c.kv_heads) + 3 * c.width * c.mlp_width
-    training = {"vision_tower", "projector", "decoder"} - set(freeze) | set(config.lora) | ({"score_head"} if config.score_head else set())
+    training = {"vision_tower", "projector", "decoder"} - set(freeze) | set(config.lora)
     backward = 4 if "decoder" not in freeze else 2 if training else 0
     theirs = 2 if work.reference else 0
     passes = 2 + backward + theirs

@@ -58,7 +58,7 @@ class Trainable:
 
     @property
     def only_new_factors(self) -> bool:
-        """Nothing trains but low-rank factors that began by adding nothing: the model without them is the reference."""
+        """Nothing that a reference has trains, but low-rank factors that began by adding nothing: the model without them is the reference."""
         return self.adapter_off and self.frozen == frozenset(PARTS)
 
     def untouched(self, sizes: MllmConfig) -> list[str]:
