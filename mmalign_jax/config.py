@@ -37,7 +37,9 @@ class ModelConfig:
     reference_dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"), help="type in which the frozen trees are kept")
     adapter: str = setting("", help="LoRA adapter of model.path in PEFT's form: goes on training, and is part of the reference")
     freeze: tuple[str, ...] = setting(
-        ("auto",), help="parts whose own weights do not train: vision_tower, projector, decoder. auto: the tower, with LoRA all three"
+        ("auto",),
+        help="parts whose own weights do not train: vision_tower, projector, decoder. auto: the tower, with LoRA all three. A score head always "
+        "trains",
     )
     remat: str = setting("none", choices=("none", "full"), help="recompute each layer in the backward pass")
 
@@ -69,6 +71,7 @@ class DataConfig:
     max_frames: int = setting(512, min=1, help="most frames of one video; each is an image as far as the other limits go")
     prefix_tokens: int = setting(0, min=0, help="most slots for images and prompt; a run uses as many as its longest row needs; 0: no limit")
     answer_tokens: int = setting(0, min=0, help="most slots for one answer; 0: no limit")
+    holdout: float = setting(0.0, min=0.0, max=0.9, help="share of the records that is kept out of training, to be measured on")
     buckets: int = setting(0, min=0, max=32, help="row shapes in training, each compiled once; 0: 4 where pictures have any size, else 1")
     workers: int = setting(4, min=0, help="threads that read and decode")
 
@@ -157,9 +160,28 @@ class ObjectiveConfig:
     @property
     def answers(self) -> int:
         """How many answers of a row the objective reads."""
+        return self._built.answers
+
+    @property
+    def score_head(self) -> bool:
+        """Whether the objective reads scores or values, so that the model has a head for them."""
+        return self._built.score_head
+
+    @property
+    def reads_logps(self) -> bool:
+        """Whether the objective reads log-probs of answers; otherwise the vocabulary is not computed, and the output kernel does not train."""
+        return self._built.reads_logps
+
+    @property
+    def compares(self) -> bool:
+        """Whether the objective sets answers above others, so that its accuracy can be measured."""
+        return self._built.compares is not None
+
+    @property
+    def _built(self) -> Any:
         from mmalign_jax import losses  # arrays only; imported late so that reading a config does not load jax
 
-        return losses.build(self.name, **self.hyperparameters).answers
+        return losses.build(self.name, **self.hyperparameters)
 
     @property
     def of_samples(self) -> bool:
@@ -193,6 +215,7 @@ class OptimizerConfig:
     vision_tower_learning_rate: float = setting(0.0, min=0.0, help="of one part, with the same schedule; 0: learning_rate")
     projector_learning_rate: float = setting(0.0, min=0.0)
     decoder_learning_rate: float = setting(0.0, min=0.0)
+    score_head_learning_rate: float = setting(0.0, min=0.0)
     schedule: str = setting("cosine", choices=("cosine", "linear", "constant"))
     warmup_fraction: float = setting(0.0, min=0.0, max=0.9, help="share of the steps in which the learning rate rises linearly")
     final_fraction: float = setting(0.0, min=0.0, max=1.0, help="what the learning rate ends with, as a share of its peak")
@@ -205,7 +228,7 @@ class OptimizerConfig:
     @property
     def rates(self) -> dict[str, float]:
         """Part -> its own learning rate, 0 where it has that of all."""
-        return {"vision_tower": self.vision_tower_learning_rate, "projector": self.projector_learning_rate, "decoder": self.decoder_learning_rate}
+        return {part: getattr(self, f"{part}_learning_rate") for part in (*PARTS, "score_head")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +284,7 @@ class StopConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """What a run measures before, during and after training, on the built-in world. Other benchmarks: launch/evaluate.py."""
+    """What a run measures before, during and after training: benchmarks on the built-in world (others: launch/evaluate.py), held-out pairs."""
 
     benchmarks: tuple[str, ...] = setting((), choices=("pope", "chair"))
     batch_size: int = setting(64, min=1)
@@ -269,6 +292,7 @@ class EvalConfig:
     before: bool = setting(True, help="also measure the model at step 0")
     probe_every: int = setting(0, min=0, help="steps between two probes of eval.probe_pictures pictures of the counterfactual split; 0: none")
     probe_pictures: int = setting(50, min=1)
+    holdout_every: int = setting(0, min=0, help="steps between two measures of the held-out pairs (data.holdout); 0: after the last step alone")
     chair_weight: float = setting(1.0, min=0.0, help="probe/score = F1 of POPE - chair_weight * CHAIR_i")
 
 
@@ -359,6 +383,18 @@ def _check_across(config: Config) -> None:
         raise UserError("config.pairs.gamma: the set's own rejected answers go with whole pairs that are made offline; leave it 0")
     if config.data.format == "scenes" and config.data.path:
         raise UserError(f"config.data.path: {config.data.path} would not be read, because config.data.format is scenes; leave one of the two out")
+    if not config.objective.reads_logps:
+        for group, name in (("eval", "benchmarks"), ("eval", "probe_every"), ("stop", "length_ratio")):
+            if getattr(getattr(config, group), name):
+                raise UserError(f"config.{group}.{name}: {config.objective.name} trains scores and not what the model says; leave it out")
+    if config.data.holdout and not config.objective.compares:
+        raise UserError(f"config.data.holdout: {config.objective.name} compares no answers, so held-out pairs have no use; leave it 0")
+    if config.data.holdout and config.pairs.maker != "none" and config.pairs.when == "online":
+        raise UserError("config.data.holdout: pairs that are made online cannot be held out; make them offline, or leave it 0")
+    if config.eval.holdout_every and not config.data.holdout:
+        raise UserError("config.eval.holdout_every: no pairs are held out; set config.data.holdout")
+    if config.auxiliary.holdout:
+        raise UserError("config.auxiliary.holdout: only pairs of config.data are held out; leave it 0")
     if config.model.init and config.model.path:
         raise UserError("config.model.path: a run that starts from config.model.init reads no model; leave one of the two empty")
 
@@ -383,7 +419,7 @@ def _check_parts(config: Config) -> None:
     if freeze != ("auto",):
         if unknown := set(freeze) - set(PARTS):
             raise UserError(f"config.model.freeze: unknown part {sorted(unknown)}; the parts are {', '.join(PARTS)}, or auto alone")
-        if len(set(freeze)) == len(PARTS) and not lora.rank and not config.model.adapter:
+        if len(set(freeze)) == len(PARTS) and not (lora.rank or config.model.adapter or config.objective.score_head):
             raise UserError("config.model.freeze: all parts are frozen, nothing would train")
     if lora.rank and not (lora.targets and lora.parts):
         raise UserError("config.lora: give at least one of lora.targets and one of lora.parts, or lora.rank = 0")

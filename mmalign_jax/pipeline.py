@@ -14,14 +14,14 @@ from jax.experimental import multihost_utils
 from mmalign_jax import losses, run_files
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import Config, DataConfig, to_mapping
-from mmalign_jax.data import builder
+from mmalign_jax.data import builder, holdout
 from mmalign_jax.data.device import process_slice
 from mmalign_jax.data.loader import Extra, Loader, make_loader
 from mmalign_jax.data.other_images import OtherImages
 from mmalign_jax.data.plan import LeftOut, Records, RowPlan, plan_rows
 from mmalign_jax.data.sources import scenes
 from mmalign_jax.errors import UserError
-from mmalign_jax.evaluation import gallery, pope, world
+from mmalign_jax.evaluation import gallery, held_out, pope, world
 from mmalign_jax.evaluation.generate import Generator
 from mmalign_jax.files import write_json
 from mmalign_jax.hf.pretrained import Pretrained
@@ -39,12 +39,13 @@ from mmalign_jax.run_export import export_run
 from mmalign_jax.sampling import DecodeOptions
 from mmalign_jax.scenes.model import write_initial
 from mmalign_jax.training.cached_reference import CachedReference
+from mmalign_jax.training.held_out import HeldOut
 from mmalign_jax.training.loop import Batches, Trained, train
 from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.monitors import Monitor
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.trainable import Trainable
-from mmalign_jax.types import PairBatch
+from mmalign_jax.types import PairBatch, TrainState
 
 T = TypeVar("T")
 
@@ -115,8 +116,12 @@ class _Run:
         before = self._measure("before", tests) if c.eval.before else None
         if c.pairs.maker != "none" and c.pairs.when == "offline":
             records = self._pairs(records)
+        kept_out: Records | None = None
+        if c.data.holdout:
+            records, kept_out = holdout.split(records, c.data.holdout, c.train.seed)
+            self.console.line(f"{len(kept_out)} of {len(records) + len(kept_out)} records are held out of training")
         batches, plan = self._batches(records)
-        trained = self._train(batches, plan)
+        trained = self._train(batches, plan, None if kept_out is None else self._held_out(kept_out))
         if trained.stopped_by:
             return 128 + int(signal.Signals[trained.stopped_by])
         after = self._measure("after", tests, trained.params)
@@ -125,7 +130,7 @@ class _Run:
                 out = export_run(c, self.workdir, self.policy, trained.params, trained.step, self.workdir / "export")
             self.console.line(f"Exported to {out}")
         with self.console.phase("Writing the report"):
-            scores = world.rows(before, after) if after else []
+            scores = (world.rows(before, after) if after else []) + held_out.rows(trained.held_out)
             self._report(scores, self._gallery(records, plan, trained.params), trained)
         self._print(scores)
         return 0
@@ -179,17 +184,50 @@ class _Run:
             if self.loss.view is not None and "other_images" in self.loss.view.needs:
                 raise UserError("config.objective.view: other rows' pictures are not at hand for online pairs; choose another view")
             return self._with_auxiliary(BdhsBatches(records, p.processor, sampler, plan, layout, c.train)), plan
-        plan = plan_rows(records, p.processor, c.data, answers=self.objective.answers, mark_changes=Need.CHANGED in self.objective.needs)
+        plan = self._plan(records)
         self._preflight(records, plan)
         if Need.MARGIN in self.objective.needs and not any(records[index].prefs[pref].margin for index, pref in plan.items.tolist()):
             raise UserError(f"config.objective.name: {self.objective.name} goes by the pairs' margins, and in this data set all are 0")
+        cache = Path(c.reference.cache) if c.reference.cache else self.workdir / run_files.REFERENCE
+        return self._with_auxiliary(_Offline(self._loader(records, plan, self._extras(records, plan, self.loss, cache)))), plan
+
+    def _plan(self, records: Records) -> RowPlan:
+        objective = self.objective
+        options = {"mark_changes": Need.CHANGED in objective.needs, "whole_answers": objective.whole_answers}
+        return plan_rows(records, self.policy.processor, self.config.data, answers=objective.answers, **options)
+
+    def _extras(self, records: Records, plan: RowPlan, loss: LossFunction, cache: Path) -> list[Extra]:
+        """What rows hold beside their own tokens and images."""
         extras: list[Extra] = []
-        if self.loss.view is not None and "other_images" in self.loss.view.needs:
-            extras.append(OtherImages(records, p.processor, plan))
+        if loss.view is not None and "other_images" in loss.view.needs:
+            extras.append(OtherImages(records, self.policy.processor, plan))
         if self.reference.kind == "cached":
-            cache = Path(c.reference.cache) if c.reference.cache else self.workdir / run_files.REFERENCE
-            extras += CachedReference(c, cache, p, self.loss, self.console)(records, plan, extras)
-        return self._with_auxiliary(_Offline(self._loader(records, plan, extras))), plan
+            extras += CachedReference(self.config, cache, self.policy, loss, self.console)(records, plan, extras)
+        return extras
+
+    def _held_out(self, records: Records) -> Callable[[int, TrainState, dict | None], dict[str, Any]]:
+        """Measures the held-out pairs after a step, once, and keeps what it finds in WORKDIR/eval."""
+        c, p = self.config, self.policy
+        plan = self._plan(records)
+        self.skipped += _not_fitting(plan.left_out)
+        loss = dataclasses.replace(self.loss, objective=self.objective.compares)
+        cache = Path(c.reference.cache) / "held_out" if c.reference.cache else self.workdir / f"{run_files.REFERENCE}_held_out"
+        extras = self._extras(records, plan, loss, cache)
+        measure = HeldOut(records, p.processor, plan, loss, p.mesh, batch_size=c.eval.batch_size, workers=c.data.workers, extras=extras)
+
+        def after(step: int, state: TrainState, reference: dict | None) -> dict[str, Any]:
+            theirs = state.reference or None if reference is None else reference
+            make = lambda: measure(state.params, state.frozen, theirs, state.key)  # noqa: E731
+            file = run_files.held_out(self.workdir, step)
+            if jax.process_count() == 1:
+                return run_files.once(file, make)
+            found = make()  # by all processes, whatever each of them sees of the file
+            if jax.process_index() == 0:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, found)
+            return found
+
+        return after
 
     def _own_answers(self, records: Records) -> tuple[Batches, RowPlan]:
         """Answers that the policy draws between steps: groups for objectives that learn from rewards, pairs for others."""
@@ -249,11 +287,14 @@ class _Run:
                 self.console.line(f"{plan.counts[reason]} rows {reason.replace('_', ' ')}, listed in the report")
         self.skipped += _not_fitting(plan.left_out)
 
-    def _train(self, batches: Batches, plan: RowPlan) -> Trained:
+    def _train(
+        self, batches: Batches, plan: RowPlan, measure: Callable[[int, TrainState, dict | None], dict[str, Any]] | None = None
+    ) -> Trained:
         p = self.policy
         c, slots = self.config, plan.layout.answer_slots
         options = DecodeOptions(slots, c.monitor.temperature, stop_ids=p.processor.eos_ids, banned_ids=p.processor.banned_ids)
-        measures = {"monitor": Monitor(p.model, options), "probe": self._probe()}
+        monitor = Monitor(p.model, options) if self.objective.reads_logps else None
+        measures = {"monitor": monitor, "probe": self._probe(), "held_out": measure}
         return train(c, self.workdir, p.mesh, p.sizes, self.loss, p.params, batches, self.console, len(plan.items), **measures)
 
     def _probe(self) -> Callable[[dict], dict[str, float]] | None:
@@ -299,8 +340,8 @@ class _Run:
     def _gallery(self, records: Records, plan: RowPlan, params: dict) -> tuple[GalleryItem, ...]:
         """Pairs with what the model says to the same prompts. Generation runs in one process."""
         shown = gallery.choose(records, plan, self.config.report.gallery) if jax.process_count() == 1 else ()
-        if not shown:
-            return ()
+        if not shown or not self.objective.reads_logps:
+            return gallery.items(shown, None, None, self.config.data)
         with jax.set_mesh(self.policy.mesh):
             before = self.generator(self.policy.params(), shown)
             after = self.generator(params, shown)

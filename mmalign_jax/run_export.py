@@ -11,6 +11,7 @@ from mmalign_jax import losses, run_files
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import Config, from_mapping
 from mmalign_jax.errors import UserError
+from mmalign_jax.evaluation import held_out
 from mmalign_jax.evaluation.benchmark import rows
 from mmalign_jax.files import read_json, replace_text
 from mmalign_jax.hf.adapters import export_adapter
@@ -88,6 +89,7 @@ def _facts(config: Config, workdir: Path, base: Path, step: int, trained: str) -
         skipped=data.get("skipped", {}),
         pairs={name: count for name, count in pairs.items() if name in ("records", "pairs", "unchanged", "unusable")},
         scores=_scores(workdir),
+        held_out=held_out.rows(read_json(file)) if (file := run_files.held_out(workdir, step)).exists() else (),
         environment=environment(),
     )
 

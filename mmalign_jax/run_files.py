@@ -16,8 +16,8 @@ DATA = "data.json"  # counts of the records that it reads, wherever they are kep
 
 # Settings that may change between a run and its continuation: they do not change what is computed
 _MAY_CHANGE = (
-    "mesh", "report", "checkpoint", "export", "data.workers", "data.cache", "train.log_every", "eval.batch_size", "pairs.batch_size",
-    "pairs.cache", "reference.cache", "reference.batch_size",
+    "mesh", "report", "checkpoint", "export", "data.workers", "data.cache", "train.log_every", "eval.batch_size", "eval.holdout_every",
+    "pairs.batch_size", "pairs.cache", "reference.cache", "reference.batch_size",
 )  # fmt: skip
 # What a run computes. Prepared data and cached log-probs are not among it: they know by themselves what they were made from
 _COMPUTED = ("round_1", "initial_model", PAIRS, PAIR_COUNTS, "eval", "metrics.jsonl", "checkpoints", "export")
@@ -52,6 +52,11 @@ def claim(config: Config, workdir: Path) -> bool:
 def base_model(config: Config, workdir: Path) -> Path:
     """The model that the run starts from: the one that the config names, or the one that the run itself made."""
     return workdir / "initial_model" if config.model.init else Path(config.model.path)
+
+
+def held_out(workdir: Path, step: int) -> Path:
+    """What the run measured of its held-out pairs after a step."""
+    return workdir / "eval" / f"held_out_{step}.json"
 
 
 def once(file: Path, make: Callable[[], Any]) -> Any:

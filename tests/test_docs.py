@@ -64,7 +64,7 @@ def test_the_page_on_own_answers_has_every_setting_and_scorer():
 
 
 def test_settings_that_the_page_names_exist():
-    named = set(re.findall(r"`((?:reference|monitor|stop|eval|train)\.\w+)`", PAGE))
+    named = set(re.findall(r"`((?:reference|monitor|stop|eval|train|data|optimizer)\.\w+)`", PAGE))
     assert named
     for setting in named:
         group, field = setting.split(".")

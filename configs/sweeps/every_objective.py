@@ -13,6 +13,7 @@ base = "../recipes/world.py"
 # What a method asks of the rest of a run
 METHODS = {
     "adpo": {"model.freeze": ("projector", "decoder")},
+    "reward_model": {"eval.benchmarks": (), "data.holdout": 0.2},
     "sentinel": {"pairs.per_sentence": True},
 }
 BUDGET = {"train.steps": 200, "train.batch_size": 8, "checkpoint.every": 200, "report.gallery": 0, "pairs.cache": "runs/pairs"}

@@ -11,7 +11,7 @@ from mmalign_jax.config import DataConfig
 from mmalign_jax.data.bad_rows import place_of
 from mmalign_jax.data.buckets import Bucket, split
 from mmalign_jax.data.layout import RowLayout, RowProcessor, RowSize, RowTokens, misfit, tokenize
-from mmalign_jax.errors import DataError
+from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.types import Preference, PreferenceRecord
 
 
@@ -62,7 +62,14 @@ def preference_of(record: PreferenceRecord, index: int) -> Preference | None:
 
 
 def plan_rows(
-    records: Records, processor: RowProcessor, config: DataConfig, *, answers: int, mark_changes: bool = False, multiple: int = 8
+    records: Records,
+    processor: RowProcessor,
+    config: DataConfig,
+    *,
+    answers: int,
+    mark_changes: bool = False,
+    multiple: int = 8,
+    whole_answers: bool = False,
 ) -> RowPlan:
     """Scans all rows and decides by `config.on_long_row` and `config.on_bad_row` what becomes of those that do not fit.
 
@@ -70,10 +77,12 @@ def plan_rows(
       answers: K, 2 for pairs (one row a preference), 1 for reference answers (one row a record).
       mark_changes: rows say which tokens of their answers differ.
       multiple: measured slots are rounded up to it.
+      whole_answers: every answer must be there with its end token.
 
     Raises:
-      DataError: a row that does not fit or cannot be tokenised, when the policy says error; a prefix that is too long under
-        `shorten_answer` (prefixes are never cut); no row is left.
+      DataError: a row that does not fit, cannot be tokenised, or has answers that are not whole where they must be, when the policy says
+        error; a prefix that is too long under `shorten_answer` (prefixes are never cut); no row is left.
+      UserError: answers must be whole, and the policy is to shorten them.
     """
     left_out: list[LeftOut] = []
 
@@ -85,7 +94,9 @@ def plan_rows(
     rows: list[tuple[int, int, RowSize]] = []
     tokens: list[RowTokens] = []
     room = KEEP_TOKEN_BYTES
-    for index, pref, row in _rows(records, processor, answers, config, refuse):
+    if whole_answers and config.on_long_row == "shorten_answer":
+        raise UserError("config.data.on_long_row: the objective scores answers at their end token, which shortened ones lack; use error or drop")
+    for index, pref, row in _rows(records, processor, answers, config, refuse, whole_answers):
         rows.append((index, pref, row.size))
         room -= row.nbytes
         if room >= 0:
@@ -124,12 +135,16 @@ def plan_rows(
 
 
 def _rows(
-    records: Records, processor: RowProcessor, answers: int, config: DataConfig, refuse: Callable[[DataError, str], None]
+    records: Records, processor: RowProcessor, answers: int, config: DataConfig, refuse: Callable[[DataError, str], None], whole_answers: bool
 ) -> Iterator[tuple[int, int, RowTokens]]:
     """Yields (record index, pref index, tokens); a row that cannot be tokenised goes to `refuse`."""
     limits = {"max_pixels": config.max_image_pixels, "max_bytes": config.max_image_bytes}
     for index in range(len(records)):
         record = records[index]
+        if whole_answers and not record.complete:
+            mend = "Use whole answers (config.pairs.per_sentence makes others) or remove the row."
+            refuse(place_of(record).bad("no_answer", "the answers are cut, so no end token follows them on which they are scored", mend), record.id)
+            continue
         # one answer a row: the chosen one of the first preference
         for pref in (-1,) if not record.prefs else range(len(record.prefs) if answers > 1 else 1):
             try:

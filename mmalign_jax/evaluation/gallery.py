@@ -29,18 +29,19 @@ def choose(records: Records, plan: RowPlan, count: int) -> tuple[PreferenceRecor
 
 
 def items(
-    records: Sequence[PreferenceRecord], before: Sequence[Answered], after: Sequence[Answered], limits: DataConfig
+    records: Sequence[PreferenceRecord], before: Sequence[Answered] | None, after: Sequence[Answered] | None, limits: DataConfig
 ) -> tuple[GalleryItem, ...]:
     """What the report shows of each record; for the built-in world's pictures, hallucinated words are named.
 
     Args:
-      before, after: the model's answers to the records' prompts.
+      before, after: the model's answers to the records' prompts; None where it was not trained to answer.
       limits: of images, as when the records were imported.
     """
-    return tuple(_item(*one, limits) for one in zip(records, before, after, strict=True))
+    nothing = [None] * len(records)
+    return tuple(_item(*one, limits) for one in zip(records, before or nothing, after or nothing, strict=True))
 
 
-def _item(record: PreferenceRecord, before: Answered, after: Answered, limits: DataConfig) -> GalleryItem:
+def _item(record: PreferenceRecord, before: Answered | None, after: Answered | None, limits: DataConfig) -> GalleryItem:
     truth = world.objects_of(record) if "objects" in record.meta else None
 
     def mark(text: str) -> Answer:
@@ -50,8 +51,9 @@ def _item(record: PreferenceRecord, before: Answered, after: Answered, limits: D
     pictures = [data for medium in record.media for data in medium.pictures[:: -(-len(medium.pictures) // _FRAMES)]]
     images = tuple(np.asarray(decode_image(picture, file="records", row=record.id, **bounds)) for picture in pictures)
     prompt = " ".join(part.text for turn in record.turns for part in turn.parts if part.text is not None)
+    said = (None if answer is None else mark(_ended(answer)) for answer in (before, after))
     chosen, rejected = (record.responses[index].text for index in (record.prefs[0].win, record.prefs[0].lose))
-    return GalleryItem(record.id, images, prompt, mark(chosen), mark(rejected), mark(_ended(before)), mark(_ended(after)))
+    return GalleryItem(record.id, images, prompt, mark(chosen), mark(rejected), *said)
 
 
 def _ended(answer: Answered) -> str:

@@ -18,13 +18,14 @@ import mmalign_jax
 from mmalign_jax.config import LINEARS, PARTS, Config
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf import families, files
-from mmalign_jax.hf.export import MARKER, check_target, on_host
+from mmalign_jax.hf.export import MARKER, check_target, on_host, planned_head, write_head
 from mmalign_jax.hf.files import read_json, write_json
 from mmalign_jax.hf.import_ import place
 from mmalign_jax.hf.names import Entry, leaf_at, tree
 from mmalign_jax.hf.safetensors_dir import PICKLES, Planned, Tensor, open_file, write_file
 from mmalign_jax.models.config import LORA_A, LORA_B, Lora, MllmConfig
 from mmalign_jax.models.lora import abstract_factors
+from mmalign_jax.models.score_head import PART as SCORE_HEAD
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -123,7 +124,7 @@ def export_adapter(params: Mapping[str, Any], sizes: MllmConfig, base: str | pat
     In a run of several processes all of them must call this; the first one writes.
 
     Args:
-      params: what trained. An adapter has no place for other leaves than factors.
+      params: what trained. An adapter has no place for other leaves than factors; a score head goes into a file of its own beside it.
       sizes: of the model with its adapters.
       out: missing, empty, or an earlier export, which is replaced.
 
@@ -134,15 +135,16 @@ def export_adapter(params: Mapping[str, Any], sizes: MllmConfig, base: str | pat
     check_target(base, out)
     if not sizes.lora:
         raise UserError(f"{out}: the run trained no low-rank factors (config.lora.rank is 0); export its weights instead")
-    if more := sorted(set(params) - set(sizes.lora)):
+    if more := sorted(set(params) - set(sizes.lora) - {SCORE_HEAD}):
         raise UserError(f"{out}: an adapter holds factors alone, and {' and '.join(more)} trained besides; export the merged weights instead")
-    planned = _plan(params, sizes)
+    planned, head = _plan(params, sizes), planned_head(params)
     if jax.process_index():
-        for tensor in planned:
+        for tensor in (*planned, *head):
             tensor.values()  # takes part in gathering it
         return out
     fresh = files.make_sibling(out)
     write_file(fresh / WEIGHTS, planned)
+    write_head(fresh, head, True)
     rank, alpha = next((one.rank, one.alpha) for one in sizes.lora.values())
     write_json(fresh / CONFIG, {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": os.path.abspath(base), "inference_mode": True,

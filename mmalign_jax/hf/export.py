@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,12 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.hf import families, files, names
 from mmalign_jax.hf.files import read_json, write_bytes, write_json
 from mmalign_jax.hf.import_ import match, read_config
-from mmalign_jax.hf.safetensors_dir import DTYPES, Planned, Tensor, open_weights, write_weights
+from mmalign_jax.hf.safetensors_dir import DTYPES, Planned, Tensor, open_weights, write_file, write_weights
+from mmalign_jax.hf.score_head import BIAS, KERNEL
+from mmalign_jax.hf.score_head import FILE as SCORE_HEAD_FILE
 from mmalign_jax.models.config import LORA_A, LORA_B, Lora, MllmConfig
 from mmalign_jax.models.lora import is_factor, merged_kernel
+from mmalign_jax.models.score_head import PART as SCORE_HEAD
 from mmalign_jax.models.tree import split
 
 MARKER = "mmalign_export.json"  # tells a directory that may be overwritten
@@ -40,7 +43,8 @@ def export(
 
     Args:
       params: the tree of `import_.load_params`, on any sharding and in any floating type, or of numpy arrays. Parts (vision_tower, projector,
-        decoder) that are left out are copied from the base, byte for byte.
+        decoder) that are left out are copied from the base, byte for byte; so is the output kernel, which reward models do not train. A
+        score head goes into a file of its own, `score_head.safetensors`, float32; transformers does not read it.
       base: the directory that the parameters came from.
       out: missing, empty, or an earlier export, which is replaced.
       dtype: "base", "float32", "bfloat16" or "float16".
@@ -56,18 +60,40 @@ def export(
         raise UserError(f"export dtype {dtype!r} is not one of base, {', '.join(_DTYPES)}")
     check_target(base, out)
     config = read_config(base)
-    planned = _plan(params, config, base, dtype, lora or {})
+    head = planned_head(params)
+    planned = _plan({part: tree for part, tree in params.items() if part != SCORE_HEAD}, config, base, dtype, lora or {})
     write = jax.process_index() == 0
     fresh = files.sibling(out)
     if write:
         _copy_files(base, files.make_sibling(out), config, dtype)
-    write_weights(fresh, planned, shard_bytes, write)
+    write_weights(fresh, planned, shard_bytes, write, index=bool(head))
+    write_head(fresh, head, write)
     if write:
         write_json(fresh / MARKER, {"package": "mmalign_jax", "version": mmalign_jax.__version__, "base": base.resolve().name})
         files.move_into_place(out)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("mmalign_jax.hf.export")
     return out
+
+
+def planned_head(params: Mapping[str, Any]) -> list[Planned]:
+    """The tensors of the tree's score head; none where it has none."""
+    if SCORE_HEAD not in params:
+        return []
+    head, float32 = params[SCORE_HEAD], np.dtype(np.float32)
+    shapes = {KERNEL: (1, head["kernel"].shape[0]), BIAS: (1,)}
+    leaves = {KERNEL: head["kernel"], BIAS: head["bias"]}
+    make = lambda name: np.asarray(on_host(leaves[name], None), np.float32).reshape(shapes[name])  # noqa: E731
+    return [Planned(name, float32, shape, lambda name=name: make(name)) for name, shape in shapes.items()]
+
+
+def write_head(directory: pathlib.Path, planned: Sequence[Planned], write: bool) -> None:
+    """Writes what `planned_head` planned, if anything; all processes take part, as in `write_weights`."""
+    if planned and write:
+        write_file(directory / SCORE_HEAD_FILE, planned)
+    elif planned:
+        for tensor in planned:
+            tensor.values()
 
 
 def check_target(base: pathlib.Path, out: pathlib.Path) -> None:
@@ -105,7 +131,8 @@ def _changes(params: Mapping[str, Any], config: MllmConfig, lora: Mapping[str, L
         part, node = entry.path[0], factors
         for key in entry.path[:-1] if entry.path[-1] == "kernel" else (None,):
             node = node.get(key, {})
-        leaf = names.leaf_at(own, entry.path) if part in own else None
+        left_out = part not in own or (entry.name == names.HEAD and "head" not in own[part])
+        leaf = None if left_out else names.leaf_at(own, entry.path)
         if leaf is not None and tuple(leaf.shape) != entry.leaf_shape:
             raise UserError(f"parameter {'/'.join(entry.path)} has shape {tuple(leaf.shape)}, the base model asks for {entry.leaf_shape}")
         if node:

@@ -12,10 +12,12 @@ from mmalign_jax.config import Config
 from mmalign_jax.hf.adapters import import_adapter, with_adapter
 from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.hf.processor import Processor, load_processor
+from mmalign_jax.hf.score_head import load_head
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.lora import initial_factors
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import param_shardings
+from mmalign_jax.models.score_head import PART as SCORE_HEAD
 from mmalign_jax.models.tree import LeafPath, split, union
 
 
@@ -25,6 +27,8 @@ class Pretrained:
 
     Args:
       adapter: directory that low-rank factors are read from; "": new ones are made, from `seed`, where `sizes` has some.
+
+    A score head, where `sizes` has one, is that of the adapter's directory, else of `path`, else new, from `seed`.
     """
 
     path: Path
@@ -52,19 +56,22 @@ class Pretrained:
         return cls(path, sizes, Mllm(sizes, processor.mean, processor.std, dtype, remat=remat), processor, mesh)
 
     def adapted(self, config: Config) -> "Pretrained":
-        """The model with the adapter that a run asks for, if it does.
+        """The model with the adapter and the score head that a run asks for, if it does.
 
         Raises:
           UserError: see `adapters.with_adapter`.
         """
-        sizes = with_adapter(config, self.sizes)
+        sizes = dataclasses.replace(with_adapter(config, self.sizes), score_head=config.objective.score_head)
         model = dataclasses.replace(self.model, config=sizes)
         return dataclasses.replace(self, sizes=sizes, model=model, adapter=config.model.adapter, seed=config.train.seed)
 
     def params(self, dtype: str = "float32", wanted: Callable[[LeafPath], bool] = lambda path: True) -> dict:
-        """The parameter tree, in its shards; only the leaves whose path is wanted."""
+        """The parameter tree, in its shards; only the leaves whose path is wanted. A score head stays float32."""
         shardings = param_shardings(self.sizes, self.mesh)
         base = load_params(self.path, self.sizes, shardings, dtype, wanted)
+        if self.sizes.score_head:
+            head = load_head([Path(self.adapter), self.path] if self.adapter else [self.path], self.sizes, self.seed, shardings)
+            base |= split({SCORE_HEAD: head}, wanted)[0]
         if not self.sizes.lora:
             return base
         if self.adapter:

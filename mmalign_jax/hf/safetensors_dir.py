@@ -136,11 +136,16 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_weights(directory: pathlib.Path, planned: Sequence[Planned], shard_bytes: int, write: bool = True) -> None:
+def write_weights(
+    directory: pathlib.Path, planned: Sequence[Planned], shard_bytes: int, write: bool = True, *, index: bool = False
+) -> None:
     """Writes tensors in their order, into one file or into shards of at most `shard_bytes` (a larger tensor gets a shard of its own).
 
     One tensor is in memory at a time. With `write=False` the values are made but not written: all processes of a multi-process run
     must take part in making them, and one writes.
+
+    Args:
+      index: write an index of a single file, too, so that readers which take all safetensors files of a directory take no other.
     """
     shards: list[list[Planned]] = [[]]
     for tensor in planned:
@@ -155,7 +160,7 @@ def write_weights(directory: pathlib.Path, planned: Sequence[Planned], shard_byt
         else:
             for tensor in tensors:
                 tensor.values()
-    if write and not one:
+    if write and (index or not one):
         index = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in planned)},
             "weight_map": {tensor.name: file for file, tensors in zip(files, shards, strict=True) for tensor in tensors},

@@ -22,6 +22,8 @@ class Need(enum.Enum):
     AUXILIARY = "auxiliary_nll"
     EPOCH = "epoch"
     SAMPLED = "sampled"  # answers are samples with rewards, a group a row
+    SCORES = "scores"  # of whole answers, by the model's score head
+    VALUES = "values"  # the same head at the state before every answer token
     BATCH = "batch"  # statistics over all rows of a step
 
 

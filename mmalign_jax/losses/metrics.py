@@ -10,6 +10,7 @@ from mmalign_jax.losses.beta import BetaSchedule
 from mmalign_jax.losses.branches import CHOSEN, CHOSEN_OTHER_IMAGE, REJECTED, Branch, Need
 from mmalign_jax.losses.likelihood import Odds
 from mmalign_jax.losses.links import logistic
+from mmalign_jax.losses.reward_head import RewardHead
 from mmalign_jax.losses.scores import Mean, Score
 from mmalign_jax.losses.stats import BranchStats
 from mmalign_jax.losses.terms import Pair, PerPair, Point, Term, Terms, Transport
@@ -21,6 +22,20 @@ PerPairMetrics = dict[str, Float[Array, " B"] | Bool[Array, " B"]]  # not yet av
 def main_term(terms: Terms) -> Term | None:
     """The first term that compares answers: its beta and its score define the rewards."""
     return next((term for _, term in terms if isinstance(term, (Pair, Point, Transport, Odds))), None)
+
+
+def compared(terms: Terms) -> Term | None:
+    """The first term that gives two answers rewards, and sets one above the other."""
+    main = main_term(terms)
+    return main if main is not None else next((term for _, term in terms if isinstance(term, RewardHead)), None)
+
+
+def rewards_of(main: Term, stats: BranchStats) -> tuple[PerPair, PerPair]:
+    """The rewards of the two sides of a term of `compared`."""
+    if isinstance(main, RewardHead):
+        return main.scores(stats)
+    (score, beta), (win, lose) = _scale(main, stats), _sides(main)
+    return beta * score(stats, win), beta * score(stats, lose)
 
 
 def metrics_of(
@@ -37,12 +52,15 @@ def metrics_of(
         return _of_groups(terms, stats, loss, by_label)
     if Need.OTHER_IMAGE not in needs:
         stats = dataclasses.replace(stats, other_image=None)
+    if not any(term.reads_logps for _, term in terms):
+        stats = dataclasses.replace(stats, answers=dataclasses.replace(stats.answers, policy=None))
     out = _likelihood(stats, loss)
     if len(by_label) > 1:
         out |= {f"loss/{label}": value for label, value in by_label.items()}
-    answers = stats.answers.policy.shape[1]
+    answers = stats.answers.lengths.shape[1]
     if answers > 1:
-        out |= {"logps/rejected": stats.answers.policy[:, 1], "lengths/rejected": stats.answers.lengths[:, 1]}
+        out |= {"lengths/rejected": stats.answers.lengths[:, 1]}
+        out |= {} if stats.answers.policy is None else {"logps/rejected": stats.answers.policy[:, 1]}
     # an objective that was left with one side of its pairs has no pair to report
     if (main := main_term(terms)) is not None and answers > max(branch.answer for branch in _sides(main)):
         h, rewards = _rewards(main, stats)
@@ -51,6 +69,8 @@ def metrics_of(
             out["beta"] = main.betas(stats)
         if Need.REFERENCE in needs and not reference_free:
             out |= _drift(stats, h, displacement=not isinstance(main, Transport))  # whose h are no row's own
+    for _, term in terms:
+        out |= term.metrics(stats)
     if stats.other_image is not None:
         out["logps/chosen_other_image"] = stats.other_image.policy[:, 0]
     return {name: jax.lax.stop_gradient(jnp.mean(value.astype(jnp.float32))) for name, value in out.items()}
@@ -76,13 +96,7 @@ def _of_groups(terms: Terms, stats: BranchStats, loss: PerPair, by_label: dict[s
 
 def _rewards(main: Term, stats: BranchStats) -> tuple[PerPair, PerPairMetrics]:
     """The argument of the main term's link (of its kind), and the rewards of its two branches."""
-    if isinstance(main, Odds):
-        score, beta = Score(Mean(), reference=False), 1.0
-    else:
-        score = main.score
-        beta = main.betas(stats) if isinstance(main, Pair) else main.beta
-    win, lose = _sides(main)
-    chosen, rejected = beta * score(stats, win), beta * score(stats, lose)
+    chosen, rejected = rewards_of(main, stats)
     h = chosen - rejected if isinstance(main, Point) else main.logit(stats)
     out = {
         "rewards/chosen": chosen,
@@ -90,15 +104,25 @@ def _rewards(main: Term, stats: BranchStats) -> tuple[PerPair, PerPairMetrics]:
         "rewards/margins": chosen - rejected,
         "rewards/accuracies": chosen > rejected,  # a tie is wrong
     }
+    score, beta = _scale(main, stats)
     if stats.other_image is not None and (not score.reference or stats.other_image.reference is not None):
         other = beta * score(stats, CHOSEN_OTHER_IMAGE)
         out |= {"rewards/chosen_other_image": other, "rewards/accuracies_image": beta * score(stats, CHOSEN) > other}
     return h, out
 
 
+def _scale(main: Term, stats: BranchStats) -> tuple[Score, PerPair | float]:
+    """What a term compares, and beta."""
+    if isinstance(main, Odds):
+        return Score(Mean(), reference=False), 1.0
+    return main.score, main.betas(stats) if isinstance(main, Pair) else main.beta
+
+
 def _likelihood(stats: BranchStats, loss: PerPair) -> PerPairMetrics:
     answers = stats.answers
     length = answers.lengths[:, 0]
+    if answers.policy is None:
+        return {"loss": loss, "lengths/chosen": length}
     return {
         "loss": loss,
         "nll/chosen": -answers.policy[:, 0] / jnp.where(length > 0, length, 1.0) if stats.nll is None else stats.nll,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from mmalign_jax.losses.branches import Branch, Need
-from mmalign_jax.losses.metrics import Metrics, metrics_of
+from mmalign_jax.losses.metrics import Metrics, compared, metrics_of, rewards_of
 from mmalign_jax.losses.stats import AnswerLogps, BranchStats
 from mmalign_jax.losses.terms import PerPair, Term, Terms
 
@@ -38,6 +38,27 @@ class Objective:
         return frozenset().union(*(term.needs for _, term in self.terms))
 
     @property
+    def reads_logps(self) -> bool:
+        """Whether it reads log-probs of answers at all; otherwise `AnswerLogps.policy` may be None."""
+        return any(term.reads_logps for _, term in self.terms)
+
+    @property
+    def score_head(self) -> bool:
+        """Whether it asks for a model with a score head."""
+        return bool({Need.SCORES, Need.VALUES} & self.needs)
+
+    @property
+    def whole_answers(self) -> bool:
+        """Whether it scores answers at their end tokens, which answers that are cut do not have."""
+        return Need.SCORES in self.needs
+
+    @property
+    def compares(self) -> "Objective | None":
+        """The objective of the first term that compares two answers alone, which is what `rewards` reads; None where there is no such term."""
+        main = compared(self.terms)
+        return None if main is None else dataclasses.replace(self, terms=1.0 * main)
+
+    @property
     def answers(self) -> int:
         """It reads the first so many answers of a row, under whatever images."""
         return max((branch.answer + 1 for branch in self._branches), default=1)
@@ -61,13 +82,23 @@ class Objective:
         """
         stats = self._checked(stats)
         by_label: dict[str, PerPair] = {}
-        loss = jnp.zeros_like(stats.answers.policy[:, 0])
+        loss = jnp.zeros_like(stats.answers.lengths[:, 0])
         for weight, term in self.terms:
             value = term(stats)
             counted = value if stats.weight is None or not term.of_pair else stats.weight * value
             loss = loss + weight * counted
             by_label[term.label] = by_label.get(term.label, 0.0) + value
         return loss, metrics_of(self.terms, stats, loss, by_label, reference_free=self.reference_free)
+
+    def rewards(self, stats: BranchStats) -> Float[Array, "B 2"]:
+        """The rewards of each row's two sides, chosen and rejected, whose differences the metrics count (`rewards/accuracies`).
+
+        Raises:
+          ValueError: `stats` lacks what the objective needs, or no term compares two answers.
+        """
+        if (main := compared(self.terms)) is None:
+            raise ValueError(f"{self.name} compares no answers")
+        return jax.lax.stop_gradient(jnp.stack(rewards_of(main, self._checked(stats)), axis=-1))
 
     def initial_state(self) -> State:
         """What the objective carries from step to step, before the first one."""
@@ -85,8 +116,10 @@ class Objective:
 
     def _checked(self, stats: BranchStats) -> BranchStats:
         """The statistics in float32, with a state."""
-        if stats.answers.policy.shape[1] < self.answers:
-            raise ValueError(f"{self.name} needs {self.answers} answers a row, got {stats.answers.policy.shape[1]}")
+        if stats.answers.lengths.shape[1] < self.answers:
+            raise ValueError(f"{self.name} needs {self.answers} answers a row, got {stats.answers.lengths.shape[1]}")
+        if self.reads_logps and stats.answers.policy is None:
+            raise ValueError(f"{self.name} needs log-probs, which the statistics lack")
         if missing := sorted({what for _, term in self.terms for need in term.needs for what in _missing(need, term, stats)}):
             raise ValueError(f"{self.name} needs {', '.join(missing)}, which the statistics lack")
         stats = stats.as_float32()

@@ -37,6 +37,7 @@ _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "kl_in_reward": _NOT_NEGATIVE,
     "guidance": _NOT_NEGATIVE,
     "length_norm": _NOT_NEGATIVE,
+    "centering": _NOT_NEGATIVE,
     "beta_by_epoch": _POSITIVE,
     # where one objective is stricter than others
     "exo.label_smoothing": (lambda x: 0 < x < 0.5, "above 0 and below 0.5"),

@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmalign_jax.types import Sampled
 
+_OPEN = ("nll", "auxiliary_nll", "kl", "scores", "values")
+
 PerPair = Float[Array | np.ndarray, " B"]
 PerToken = Float[Array | np.ndarray, "B R"]
 
@@ -19,7 +21,7 @@ PerToken = Float[Array | np.ndarray, "B R"]
 class AnswerLogps:
     """Log-probs of K answers of each row under one choice of images. Answer 0 is the chosen one, answer 1 the rejected one."""
 
-    policy: Float[Array, "B K"]  # sums over an answer's tokens, nats
+    policy: Float[Array, "B K"] | None  # sums over an answer's tokens, nats; None: the objective reads no log-probs
     lengths: Float[Array, "B K"]  # tokens (total token weight)
     reference: Float[Array, "B K"] | None = None
     policy_tokens: Float[Array, "B K R"] | None = None  # the same by token, 0 off the answer
@@ -45,6 +47,8 @@ class BranchStats:
     sampled: Sampled | None = None  # of answers that are samples
     collision: Float[Array, "B K"] | None = None  # sum over tokens of log sum_v pi(v)^2
     kl: Float[Array, "B K"] | None = None  # sum over tokens of KL(reference || policy), whole vocabulary
+    scores: Float[Array, "B K"] | None = None  # by the score head at each answer's end token
+    values: Float[Array, "B K R"] | None = None  # by the score head at the state before each token, 0 off the answer
     state: Mapping[str, Float[Array, ""]] | None = None  # before this step; None: at the beginning
     epoch: Int[Array, ""] | None = None
     key: Key[Array, ""] | None = None  # of the step, for objectives that draw a sample of the batch
@@ -85,6 +89,8 @@ class BranchStats:
         rejected_kl: PerPair | None = None,
         margin: PerPair | None = None,
         weight: PerPair | None = None,
+        chosen_score: PerPair | None = None,
+        rejected_score: PerPair | None = None,
         nll: PerPair | None = None,
         auxiliary_nll: PerPair | None = None,
         state: Mapping[str, Float[Array, ""]] | None = None,
@@ -98,6 +104,7 @@ class BranchStats:
           *_other_image, *_no_image: of the same answer under a corrupted, or without an, image.
           *_changed: tokens that differ between the two answers, `[B, R]`.
           *_collision, *_kl: sums over tokens of log sum_v pi(v)^2, and of KL(reference || policy).
+          *_score: of the answer, by the score head.
 
         Raises:
           ValueError: of two arrays that belong together one is missing.
@@ -162,6 +169,7 @@ class BranchStats:
             auxiliary_nll=auxiliary_nll,
             collision=both(chosen_collision, rejected_collision, "the collision"),
             kl=both(chosen_kl, rejected_kl, "the KL divergence"),
+            scores=both(chosen_score, rejected_score, "the score"),
             state=state,
             epoch=epoch,
         )
@@ -183,11 +191,11 @@ class BranchStats:
         def learning(logps: AnswerLogps | None) -> AnswerLogps | None:
             if logps is None:
                 return None
-            theirs = {"policy": read(logps.policy), "policy_tokens": None if logps.policy_tokens is None else read(logps.policy_tokens)}
-            return dataclasses.replace(fixed(dataclasses.replace(logps, policy_tokens=None)), **theirs)
+            theirs = {name: None if (x := getattr(logps, name)) is None else read(x) for name in ("policy", "policy_tokens")}
+            return dataclasses.replace(fixed(dataclasses.replace(logps, **dict.fromkeys(theirs))), **theirs)
 
         own = ("answers", "other_image", "self_rejected")
         # what terms may differentiate though it is no log-prob of an answer
-        open_ = {name: None if getattr(self, name) is None else read(getattr(self, name)) for name in ("nll", "auxiliary_nll", "kl")}
+        open_ = {name: None if getattr(self, name) is None else read(getattr(self, name)) for name in _OPEN}
         out = fixed(dataclasses.replace(self, key=None, **dict.fromkeys(own[1:]), **dict.fromkeys(open_)))
         return dataclasses.replace(out, key=self.key, **{name: learning(getattr(self, name)) for name in own}, **open_)

@@ -26,6 +26,7 @@ class Term(abc.ABC):
 
     label: ClassVar[str] = "term"
     of_pair: ClassVar[bool] = True  # false: it reads other rows, which the pair's weight does not concern
+    reads_logps: ClassVar[bool] = True
 
     @property
     @abc.abstractmethod
@@ -41,14 +42,14 @@ class Term(abc.ABC):
     def __call__(self, stats: BranchStats) -> PerPair:
         """The loss of each pair."""
 
+    def metrics(self, stats: BranchStats) -> dict[str, Float[Array, "*b"]]:
+        """What it reports beside its loss: by row, or already a mean."""
+        return {}
+
     def initial_state(self) -> dict[str, float]:
         return {}
 
     def next_state(self, stats: BranchStats) -> dict[str, Float[Array, ""]]:
-        return {}
-
-    def metrics(self, stats: BranchStats) -> dict[str, PerPair]:
-        """What it alone has to report, by row."""
         return {}
 
     def __add__(self, other: "Term | Terms") -> "Terms":

@@ -195,6 +195,7 @@ class MllmConfig:
       family: the `model_type` of its `config.json`.
       feature_layers: hidden states of the tower that are concatenated; 0 is the embedding, -1 the last layer's output.
       keep_class_token: the class token is an image token, too.
+      score_head: a fourth part gives every hidden state a number (`models.score_head`). No `config.json` asks for it, an objective does.
     """
 
     family: str
@@ -205,6 +206,7 @@ class MllmConfig:
     video_token_id: int | None = None
     feature_layers: tuple[int, ...] = (-1,)
     keep_class_token: bool = False
+    score_head: bool = False
 
     @property
     def image_tokens(self) -> int:

@@ -1,6 +1,7 @@
 """A multimodal LLM as pure functions of its parameters: the boundary that the rest of the package sees (DESIGN section 4).
 
-Policy and reference are one `Mllm` and two parameter trees `{"vision_tower": ..., "projector": ..., "decoder": ...}`.
+Policy and reference are one `Mllm` and two parameter trees `{"vision_tower": ..., "projector": ..., "decoder": ...}`; a model that scores
+answers has a fourth part, `score_head`.
 """
 
 import dataclasses
@@ -15,10 +16,9 @@ from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.connector import Connector
 from mmalign_jax.models.decoder import Decoder, KeyValues, LayerCache, Masks, local_layers
 from mmalign_jax.models.patches import take_patches
+from mmalign_jax.models.score_head import scores
 from mmalign_jax.models.vision import VisionTower
 from mmalign_jax.types import PAD, PREFIX, PairBatch, Patches
-
-PARTS = ("vision_tower", "projector", "decoder")
 
 
 @jax.tree_util.register_dataclass
@@ -158,6 +158,11 @@ class Mllm:
         kernel = mesh.constrain(self.head(params).astype(self.dtype), None, None)
         logits = jnp.einsum("...d,dv->...v", hidden, kernel, preferred_element_type=jnp.float32)
         return softcap(logits, self.config.decoder.final_softcap)
+
+    def scores(self, params: dict, hidden: Float[Array, "*b D"]) -> Float[Array, "*b"]:
+        """A float32 number for every hidden state, of a model with a score head; see `models.score_head`."""
+        with jax.named_scope("score_head"):
+            return scores(params["score_head"], hidden)
 
     def _decode_rows(self, params: dict, features: Array, batch: PairBatch, decoder: Decoder, visible: Array | None, images_see_all: bool = False):
         c, width = self.config.decoder, self.config.decoder.width

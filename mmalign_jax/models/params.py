@@ -12,6 +12,7 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.models.config import LORA_A, LORA_B, MllmConfig, VisionConfig
 from mmalign_jax.models.connector import Connector
 from mmalign_jax.models.decoder import Decoder, Masks
+from mmalign_jax.models.score_head import PART, abstract_head
 from mmalign_jax.models.vision import VisionTower
 from mmalign_jax.types import Patches
 
@@ -35,7 +36,7 @@ _AXES: dict[tuple[str, str], tuple[str | None, ...]] = {
 
 
 def abstract_params(config: MllmConfig, dtype: str = "float32") -> dict:
-    """The tree of `ShapeDtypeStruct`s of a model; nothing is computed."""
+    """The tree of `ShapeDtypeStruct`s of a model; nothing is computed. A score head is float32, whatever the others are."""
 
     def build(key: jax.Array) -> dict:
         v, width = config.vision, config.decoder.width
@@ -57,7 +58,8 @@ def abstract_params(config: MllmConfig, dtype: str = "float32") -> dict:
     # outside any mesh: one-row shapes do not divide over devices
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
         shapes = jax.eval_shape(build, jax.eval_shape(lambda: jax.random.key(0)))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
+    tree = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
+    return tree | ({PART: abstract_head(config)} if config.score_head else {})
 
 
 def _one_window(vision: VisionConfig) -> tuple[jax.Array, Patches]:

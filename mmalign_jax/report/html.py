@@ -36,6 +36,7 @@ _CHARTS = (
     ("Preferred without the image", (("monitor/accuracies_no_image", "accuracy"),)),
     ("Length of the policy's own answers (tokens)", (("monitor/length", "mean"),)),
     ("Probe during training", (("probe/score", "score"), ("probe/chair_i", "CHAIR_i"), ("probe/recall", "recall"))),
+    ("Accuracy on held-out pairs", (("held_out/accuracies", "accuracy"),)),
     ("Learning rate", (("learning_rate", "learning rate"),)),
     ("Pairs per second", (("pairs_per_s", "pairs/s"),)),
 )  # fmt: skip

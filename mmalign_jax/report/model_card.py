@@ -27,6 +27,18 @@ model = AutoModelForImageTextToText.from_pretrained("PATH_OF_THIS_DIRECTORY")
 processor = AutoProcessor.from_pretrained("PATH_OF_THIS_DIRECTORY")
 ```"""
 
+_SCORING = """
+
+`transformers` reads the model without its score head, which is in `score_head.safetensors` (`score.weight`, `score.bias`): a linear map from the
+last hidden state of an answer's end token to its score. With the package:
+
+```python
+from mmalign_jax.mesh import make_mesh
+from mmalign_jax.pairs.reward_model import RewardModel
+
+scores = RewardModel.read("PATH_OF_THIS_DIRECTORY", make_mesh()).scores(records, answers)
+```"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
@@ -46,6 +58,7 @@ class Facts:
       step: after which the exported weights were taken.
       trained: which parts were trained, and which were not, in words.
       scores: of the weights after `Config.train.steps` steps, beside those of the base; empty when nothing was measured.
+      held_out: what the exported weights do on pairs that training did not see.
       environment: names and versions, see `environment.environment`.
     """
 
@@ -62,6 +75,7 @@ class Facts:
     skipped: Mapping[str, int] = dataclasses.field(default_factory=dict)
     pairs: Mapping[str, int] = dataclasses.field(default_factory=dict)
     scores: Sequence[ScoreRow] = ()
+    held_out: Sequence[ScoreRow] = ()
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -70,12 +84,14 @@ def model_card(config: Config, facts: Facts) -> str:
     name = config.objective.name
     start = f"`{facts.base}`" if facts.base else "random weights"
     verb = f"aligned with preferences ({_objective(config, facts)})" if facts.preferences else "fine-tuned on answers"
+    if not config.objective.reads_logps:
+        verb = f"trained to score answers ({_objective(config, facts)})"
     sections = [
         f"# {name} on {facts.base or 'random weights'}",
         f"{start[:1].upper()}{start[1:]}, {verb} with {PACKAGE}. This card was written by the export and states what the run recorded.",
         "## Training\n\n" + _table(("", ""), _training(config, facts)),
         "## Scores\n\n" + _scores(config, facts),
-        "## Loading\n\n" + _LOADING,
+        "## Loading\n\n" + _LOADING + ("" if config.objective.reads_logps else _SCORING),
         "## Versions\n\nOf the process that wrote this directory.\n\n" + _table(("", ""), list(facts.environment.items())),
     ]
     front = yaml.safe_dump(_front_matter(config, facts), sort_keys=False, allow_unicode=True, width=1000)
@@ -162,7 +178,7 @@ def _pairs(config: Config, facts: Facts) -> str:
 
 def _scores(config: Config, facts: Facts) -> str:
     if not facts.scores:
-        return "The run measured nothing."
+        return _held_out(config, facts) or "The run measured nothing."
     steps = config.train.steps
     said = [f"Before: the model that training started from. After: the weights of step {steps}."]
     if facts.step != steps:
@@ -176,7 +192,17 @@ def _scores(config: Config, facts: Facts) -> str:
     for group, rows in groupby(facts.scores, key=lambda row: row.group):
         out += [f"### {group}"] if group else []
         out.append(_table(("metric", "before", "after", "change"), [score_cells(row) for row in rows]))
-    return "\n\n".join(out)
+    return "\n\n".join([*out, *([_held_out(config, facts)] if facts.held_out else [])])
+
+
+def _held_out(config: Config, facts: Facts) -> str:
+    if not facts.held_out:
+        return ""
+    said = (
+        f"Pairs that training did not see: a share of {config.data.holdout:g} of the records, by their pictures. In brackets: 95 % intervals "
+        "over records, which do not hold the spread over seeds."
+    )
+    return f"### Held-out pairs\n\n{said}\n\n" + _table(("metric", "value"), [(row.name, score_cells(row)[2]) for row in facts.held_out])
 
 
 def _objective(config: Config, facts: Facts) -> str:

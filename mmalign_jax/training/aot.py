@@ -61,7 +61,7 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
     """
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=_devices(topology, slices))
     mesh_lib.check_batch(mesh, config.train.batch_size // config.train.accumulate)
-    sizes = with_adapter(config, sizes)
+    sizes = dataclasses.replace(with_adapter(config, sizes), score_head=config.objective.score_head)
     objective = losses.build(config.objective.name, **config.objective.hyperparameters)
     optimizer = make_optimizer(config.optimizer, config.train.steps, config.train.updates)
     kind = Reference.of(config, Trainable.of(config, sizes), objective)

@@ -44,6 +44,11 @@ class Side:
         return dataclasses.replace(self, params=jax.lax.stop_gradient(self.params))
 
 
+def lengths_alone(batch: PairBatch) -> AnswerLogps:
+    """The answers of an objective that reads no log-probs."""
+    return AnswerLogps(None, jnp.sum(batch.by_answer(batch.token_weight), axis=-1))
+
+
 def answer_logps(
     policy: Float[Array, "B K R"], reference: Float[Array, "B K R"] | None, batch: PairBatch, *, by_token: bool = False
 ) -> AnswerLogps:

@@ -25,12 +25,14 @@ class Work:
       other_answers: answers under a corrupted image, with gradient.
       blind_answers: answers under other images, without gradient.
       more_answers: further answers of every row behind the same prefix.
+      vocabulary: log-probs are read at all.
     """
 
     reference: bool = False
     other_answers: int = 0
     blind_answers: int = 0
     more_answers: int = 0
+    vocabulary: bool = True
 
     @classmethod
     def of(cls, objective: Objective, *, live_reference: bool) -> "Work":
@@ -41,6 +43,7 @@ class Work:
             other_answers=objective.other_answers,
             blind_answers=blind + (Need.SELF_REJECTED in needs),
             more_answers=int(Need.MISMATCHED in needs),
+            vocabulary=objective.reads_logps,
         )
 
 
@@ -64,7 +67,7 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
     def decoder(slots: int, answers: int, passes: int) -> float:
         per_token = c.layers * layer
         attention = 2 * c.layers * slots * c.heads * c.head_width
-        head = answers * batch.answer_slots * c.width * c.vocab_size
+        head = answers * batch.answer_slots * c.width * c.vocab_size if work.vocabulary else 0
         return passes * (slots * (per_token + attention) + head)
 
     tower_layer = 4 * v.width * v.width + (3 if v.gated else 2) * v.width * v.mlp_width

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from mmalign_jax.config import Config
 from mmalign_jax.data.device import to_device
 from mmalign_jax.errors import UserError
+from mmalign_jax.evaluation.held_out import metrics as held_out_metrics
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.tree import LeafPath, union
 from mmalign_jax.report.console import Console
@@ -47,12 +48,13 @@ class Batches(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Trained:
     """How training ended: the policy's whole tree, the name of the signal that stopped it early ("" when it is finished), and why it was
-    finished before its last step ("" when it was not)."""
+    finished before its last step ("" when it was not). `held_out`: what it measured of the held-out pairs at the end."""
 
     params: dict
     step: int
     stopped_by: str
     reason: str = ""
+    held_out: dict[str, Any] | None = None
 
 
 def train(
@@ -67,6 +69,7 @@ def train(
     rows_per_epoch: int = 0,
     monitor: Monitor | None = None,
     probe: Callable[[dict], dict[str, float]] | None = None,
+    held_out: Callable[[int, TrainState, dict | None], dict[str, Any]] | None = None,
 ) -> Trained:
     """Trains until `config.train.steps`, or goes on from the newest checkpoint of `workdir`.
 
@@ -74,6 +77,8 @@ def train(
       rows_per_epoch: rows of the data set, for what changes by epoch.
       monitor: measures every `config.monitor.every` steps.
       probe: scores of the policy's whole tree, asked for every `config.eval.probe_every` steps.
+      held_out: `evaluation.held_out.summarise` of the held-out pairs after a step, from the state and the reference's parameters; asked for
+        every `config.eval.holdout_every` steps and at the end.
       load_params: reads leaves of the SFT model's tree, chosen by path, in the type given by name, in their shards: policy at step 0,
         and reference.
 
@@ -118,14 +123,16 @@ def train(
                 work = Work.of(objective, live_reference=reference.kind in ("live", "adapter_off", "ema"))
                 history = [line for line in read_metrics(workdir) if line["step"] <= start]
                 with StopRequest() as stop:
-                    measures = _Measures(config, None if monitor is None else monitor.jitted(), probe, history)
+                    measures = _Measures(config, None if monitor is None else monitor.jitted(), probe, history, held_out)
                     run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop, work, measures)
                     state = run(state, theirs, start)
+                ended = int(state.step) >= config.train.steps or measures.reason
+                held = held_out(int(state.step), state, theirs) if held_out is not None and ended else None
         finally:
             checkpoints.close()
-    ended = int(state.step) >= config.train.steps or measures.reason
     name = "" if stop.signal is None or ended else stop.signal.name
-    return Trained(union(state.params, state.frozen), int(state.step), name, measures.reason if int(state.step) < config.train.steps else "")
+    reason = measures.reason if int(state.step) < config.train.steps else ""
+    return Trained(union(state.params, state.frozen), int(state.step), name, reason, held)
 
 
 @dataclasses.dataclass
@@ -176,7 +183,7 @@ class _Run:
             done = number + 1
             if number == 0:
                 self._census(state, reference, device_batch, int(metrics["zero_gradients"]))
-            extra |= measures.after(done, state)
+            extra |= measures.after(done, state, reference)
             if done % self.config.train.log_every == 0 or done == steps or number == 0 or extra:
                 self._check_finite(*in_flight)
                 values = {name: float(value) for name, value in jax.device_get(metrics).items()} | made | extra
@@ -239,9 +246,14 @@ class _Measures:
     """What is measured now and then beside the step, and whether that is a reason to stop."""
 
     def __init__(
-        self, config: Config, monitor: Callable | None, probe: Callable[[dict], dict[str, float]] | None, history: list[dict[str, float]]
+        self,
+        config: Config,
+        monitor: Callable | None,
+        probe: Callable[[dict], dict[str, float]] | None,
+        history: list[dict[str, float]],
+        held_out: Callable[[int, TrainState, dict | None], dict[str, Any]] | None,
     ):
-        self._config, self._monitor, self._probe, self._history = config, monitor, probe, history
+        self._config, self._monitor, self._probe, self._history, self._held_out = config, monitor, probe, history, held_out
         self.reason = reason_to_stop(history, config.stop)
 
     def before(self, number: int, state: TrainState, reference: dict | None, batch: PairBatch) -> dict[str, float]:
@@ -253,13 +265,19 @@ class _Measures:
         found = self._monitor(state.params, state.frozen, theirs, batch, jax.random.fold_in(state.key, number))
         return {name: float(value) for name, value in jax.device_get(found).items()}
 
-    def after(self, done: int, state: TrainState) -> dict[str, float]:
-        """What the probe says after `done` steps."""
-        every = self._config.eval.probe_every
-        if self._probe is None or not every or done % every:
-            return {}
-        return {f"probe/{name}": value for name, value in self._probe(union(state.params, state.frozen)).items()}
+    def after(self, done: int, state: TrainState, reference: dict | None) -> dict[str, float]:
+        """What the probe, and the held-out pairs, say after `done` steps."""
+        found: dict[str, float] = {}
+        if self._probe is not None and _due(done, self._config.eval.probe_every):
+            found |= {f"probe/{name}": value for name, value in self._probe(union(state.params, state.frozen)).items()}
+        if self._held_out is not None and (done == self._config.train.steps or _due(done, self._config.eval.holdout_every)):
+            found |= held_out_metrics(self._held_out(done, state, reference))
+        return found
 
     def note(self, done: int, values: dict[str, float]) -> None:
         self._history.append({"step": done, **values})
         self.reason = reason_to_stop(self._history, self._config.stop)
+
+
+def _due(done: int, every: int) -> bool:
+    return bool(every) and done % every == 0

@@ -9,11 +9,12 @@ from jaxtyping import Array, Float, Int
 
 from mmalign_jax import losses, mesh
 from mmalign_jax.losses import AnswerLogps, BranchStats, Need
+from mmalign_jax.models import score_head
 from mmalign_jax.models.lora import is_factor
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.tree import split, union
 from mmalign_jax.pairs import views
-from mmalign_jax.training.branches import Side, answer_logps, with_mismatched
+from mmalign_jax.training.branches import Side, answer_logps, lengths_alone, with_mismatched
 from mmalign_jax.training.corrupted import corrupted
 from mmalign_jax.types import PairBatch
 
@@ -89,6 +90,8 @@ class LossFunction:
         own = {"margin": batch.margin, "weight": batch.weight, "sampled": batch.sampled}
         stats = BranchStats(answers, mismatched=mismatched, state=moment.objective, **own, **more)
         stats = dataclasses.replace(stats, epoch=moment.epoch, key=jax.random.fold_in(key, moment.step) if Need.BATCH in needs else None)
+        if {Need.SCORES, Need.VALUES} & needs:
+            stats = dataclasses.replace(stats, **run.scores())
         if Need.OTHER_IMAGE in needs:
             stats = dataclasses.replace(stats, other_image=run.other_image())
         if Need.NO_IMAGE in needs:
@@ -128,6 +131,8 @@ class _Pass:
 
     def answers(self) -> tuple[AnswerLogps, AnswerLogps | None, dict[str, Array]]:
         """The answers under the row's own images, the one that is another row's, and by name what else is read of the same logits."""
+        if not self.loss.objective.reads_logps:
+            return lengths_alone(self.batch), None, {}
         wanted = tuple(name for need, name in ((Need.COLLISION, "collision"), (Need.KL, "kl")) if need in self.needs)
         pair = (self.their_hidden, self.reference.head()) if "kl" in wanted else None
         tokens = self.policy.tokens(self.hidden, self.batch, wanted, pair)
@@ -146,6 +151,13 @@ class _Pass:
         count = self.batch.answers - 1
         own, last = (jax.tree.map(lambda x, part=part: x[:, part], answers) for part in (slice(count), slice(count, None)))
         return own, jax.lax.stop_gradient(last), {name: value[:, :count] for name, value in more.items()}
+
+    def scores(self) -> dict[str, Array]:
+        """What the score head says of the row's own answers: at their ends, before each of their tokens."""
+        count = self.loss.objective.answers if Need.MISMATCHED in self.needs else self.batch.answers
+        by_slot = self.policy.model.scores(self.policy.params, self.hidden)
+        readings = ((Need.SCORES, score_head.at_ends), (Need.VALUES, score_head.before_tokens))
+        return {need.value: read(by_slot, self.batch)[:, :count] for need, read in readings if need in self.needs}
 
     def other_image(self) -> AnswerLogps:
         other = self._corrupted(self.loss.objective.other_answers)

@@ -29,13 +29,14 @@ VARIANTS = [
     ("v_dpo", {"bias_weight": 0.5}),
     ("sft", {"length_norm": 32.0}),
     ("kto", {"desirable_weight": 1.33, "undesirable_weight": 0.5}),
+    ("reward_model", {"margin_weight": 0.5, "square_weight": 0.1}),
 ]
 VARIANT_IDS = [" ".join([name, *(f"{k}={v}" for k, v in settings.items())]) for name, settings in VARIANTS]
 
 # What a loss may be differentiated by. Everything else is a reference, a measurement or a label.
 LEARNING = {
     *(f"{images}.{what}" for images in ("answers", "other_image", "self_rejected") for what in ("policy", "policy_tokens")),
-    "nll", "auxiliary_nll", "kl",
+    "nll", "auxiliary_nll", "kl", "scores", "values",
 }  # fmt: skip
 
 
@@ -95,6 +96,8 @@ def random_stats(objective: Objective, *, rows: int = 4, slots: int = 3, seed: i
         auxiliary_nll=some(Need.AUXILIARY, real(rows)),
         collision=some(Need.COLLISION, -real(rows, 2)),
         kl=some(Need.KL, real(rows, 2)),
+        scores=some(Need.SCORES, real(rows, objective.answers, low=-1.0)),
+        values=some(Need.VALUES, real(rows, objective.answers, slots, low=-1.0)),
         epoch=some(Need.EPOCH, jnp.array(1)),
     )
 

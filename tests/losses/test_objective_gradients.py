@@ -76,7 +76,7 @@ def extreme(objective: losses.Objective) -> BranchStats:
     large = jnp.linspace(-1e3, 1e3, rows)
     return BranchStats(
         answers=both, other_image=other, no_image=other, mismatched=one, self_rejected=one, margin=large, auxiliary_nll=-policy_l,
-        collision=-both.reference / 1e3 - 12.0, kl=-both.policy, epoch=jnp.array(7),
+        collision=-both.reference / 1e3 - 12.0, kl=-both.policy, epoch=jnp.array(7), scores=jnp.stack([large, large[::-1]], 1),
     )  # fmt: skip
 
 

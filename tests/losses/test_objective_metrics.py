@@ -37,6 +37,7 @@ def labels(*names: str) -> set[str]:
         ("mpo", {}, COMMON | DRIFT | labels("text", "quality", "likelihood")),
         ("mm_dpo", {}, COMMON | DRIFT | {"beta"}),
         ("ha_dpo", {}, COMMON | DRIFT | labels("text", "auxiliary")),
+        ("reward_model", {}, COMMON - {"nll/chosen", "logps/chosen", "logps/rejected"} | {"rewards/mean", "rewards/std"}),
     ],
 )
 def test_metric_names(name, settings, expected):

@@ -1,10 +1,14 @@
 """The array functions of PPO, and the reward model's loss."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmalign_jax import losses
+from mmalign_jax.losses import BranchStats
 from mmalign_jax.losses.ppo import gae, shaped_rewards, value_loss, whitened
 from mmalign_jax.losses.reward_head import bradley_terry
 
@@ -70,6 +74,20 @@ def test_reward_model():
     np.testing.assert_allclose(metrics["loss"], np.mean(loss), atol=1e-6)
     with_margin, _ = bradley_terry(CHOSEN, REJECTED, margin=jnp.array([0.0, 1.0, 0.5]))
     np.testing.assert_allclose(with_margin, np.log1p(np.exp(-np.array([1.0, -1.7, -0.5]))), rtol=1e-5)
+
+
+def test_the_objective_is_the_function_and_its_regularisers():
+    stats = BranchStats.pair(*[jnp.zeros(3)] * 4, chosen_score=CHOSEN, rejected_score=REJECTED, margin=jnp.array([0.0, 2.0, 1.0]))
+    loss, metrics = losses.build("reward_model")(stats)
+    np.testing.assert_allclose(loss, [0.332862, 1.103286, 0.703147], atol=1e-5)
+    np.testing.assert_allclose(metrics["rewards/accuracies"], 1 / 3, atol=1e-6)
+    both = np.stack([CHOSEN, REJECTED])
+    np.testing.assert_allclose([metrics["rewards/mean"], metrics["rewards/std"]], [both.mean(), both.std()], rtol=1e-5)
+    more, _ = losses.build("reward_model", margin_weight=0.5, centering=0.0, square_weight=0.001)(stats)
+    np.testing.assert_allclose(more, np.log1p(np.exp(-np.array([1.0, -1.7, -0.5]))) + 0.001 * (both**2).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(losses.build("reward_model").rewards(stats), both.T)
+    with pytest.raises(ValueError, match="dpo needs log-probs"):
+        losses.build("dpo")(dataclasses.replace(stats, answers=dataclasses.replace(stats.answers, policy=None)))
 
 
 def test_reward_model_s_gradient():

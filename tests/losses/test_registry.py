@@ -35,6 +35,7 @@ R = Need.REFERENCE
         ("mm_dpo", {R, Need.MARGIN}, 2, 0, ""),
         ("dama", {R, Need.MARGIN, Need.BATCH}, 2, 0, ""),
         ("ha_dpo", {R, Need.AUXILIARY}, 2, 0, ""),
+        ("reward_model", {Need.SCORES}, 2, 0, ""),
     ],
 )
 def test_needs(name, needs, answers, other_answers, view):
@@ -117,6 +118,7 @@ def test_one_answer_is_too_few_for_a_pair_and_enough_for_sft():
         ("f_dpo", {"divergence": "alpha", "alpha": 1.0}, "config.objective.alpha: 1.0 is out of range"),
         ("alpha_po", {"alpha": 0.0}, "config.objective.alpha: 0.0 is out of range"),
         ("wpo", {"capped": 1}, "config.objective.capped: expected bool"),
+        ("reward_model", {"centering": -0.1}, "config.objective.centering: -0.1 is out of range, must be at least 0"),
         ("beta_dpo", {"rho": 1.0}, "config.objective.rho: 1.0 is out of range"),
     ],
 )

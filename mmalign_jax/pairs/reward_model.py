@@ -1,0 +1,123 @@
+"""A trained reward model as a scorer: a number for every answer to a record's prompt."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.config import DataConfig
+from mmalign_jax.data.device import to_device
+from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out, stack_rows, tokenize
+from mmalign_jax.errors import UserError
+from mmalign_jax.hf.pretrained import Pretrained
+from mmalign_jax.hf.score_head import FILE, has_head
+from mmalign_jax.models.mllm import Mllm
+from mmalign_jax.models.score_head import at_ends
+from mmalign_jax.types import PairBatch, PreferenceRecord
+
+_PREFIX, _ANSWER = 64, 32  # slots are rounded up to multiples of these, so that similar calls share a program
+
+
+class RewardModel:
+    """Scores whole answers, each at its end token. The answers of a record share its image and prompt; none sees another.
+
+    A score is a function of the record's prompt and pictures and of the answer's text alone.
+    """
+
+    def __init__(self, policy: Pretrained, params: dict, *, batch_size: int = 32, limits: DataConfig | None = None):
+        """
+        Args:
+          policy: of a model with a score head; `params` are its parameters.
+          batch_size: records at a time.
+          limits: the bounds on images are read of it.
+        """
+        self.policy, self.params = policy, params
+        limits = limits or DataConfig()
+        self._limits = {"max_pixels": limits.max_image_pixels, "max_bytes": limits.max_image_bytes}
+        self._rows = mesh_lib.batch_rows(policy.mesh, batch_size)
+        self._run = jax.jit(functools.partial(_scores, policy.model))
+
+    @classmethod
+    def read(cls, directory: str | Path, mesh: Mesh, compute_dtype: str = "auto", *, batch_size: int = 32, limits: DataConfig | None = None):
+        """The reward model that a run exported.
+
+        Raises:
+          UserError: the directory holds no model, or one without a score head.
+        """
+        directory = Path(directory)
+        policy = Pretrained.read(directory, mesh, compute_dtype)
+        if not has_head(directory):
+            raise UserError(f"{directory}: no {FILE}, so this is no reward model; train one with config.objective.name = reward_model")
+        sizes = dataclasses.replace(policy.sizes, score_head=True)
+        policy = dataclasses.replace(policy, sizes=sizes, model=dataclasses.replace(policy.model, config=sizes))
+        with jax.set_mesh(mesh):
+            params = policy.params(policy.model.dtype)
+        return cls(policy, params, batch_size=batch_size, limits=limits)
+
+    def scores(self, records: Sequence[PreferenceRecord], answers: Sequence[Sequence[str]]) -> list[list[float]]:
+        """The scores of each record's answers, in order. Responses of the records are not read.
+
+        Args:
+          answers: any number of texts a record, none included.
+
+        Raises:
+          UserError: several processes.
+          DataError: a row cannot be tokenised, or is longer than the model's positions.
+        """
+        if jax.process_count() > 1:
+            raise UserError("a reward model scores in one process; score answers before the run of several processes")
+        if len(records) != len(answers):
+            raise ValueError(f"{len(records)} records, and answers for {len(answers)}")
+        out: list[list[float]] = [[] for _ in records]
+        asked = [number for number, texts in enumerate(answers) if len(texts)]
+        rows = {number: self._tokens(records[number], answers[number]) for number in asked}
+        if not asked:
+            return out
+        layout = self._layout(list(rows.values()))
+        for start in range(0, len(asked), self._rows):
+            some = asked[start : start + self._rows]
+            # the last batch is filled with copies of its last row
+            filled = [*some, *[some[-1]] * (self._rows - len(some))]
+            laid = [lay_out(records[n], None, self.policy.processor, layout, _padded(rows[n], layout.answers)) for n in filled]
+            with jax.set_mesh(self.policy.mesh):
+                batch = to_device(stack_rows(laid, layout), self.policy.mesh, batch_axis=0)
+                found = np.asarray(jax.device_get(self._run(self.params, batch)))
+            for number, scores in zip(some, found, strict=False):
+                out[number] = [float(score) for score in scores[: len(answers[number])]]
+        return out
+
+    def _tokens(self, record: PreferenceRecord, texts: Sequence[str]) -> RowTokens:
+        processor = self.policy.processor
+        prompt = tokenize(record, None, processor, 0, **self._limits)
+        return dataclasses.replace(prompt, answers=tuple(processor.answer_ids(text, record.prefix) for text in texts))
+
+    def _layout(self, rows: Sequence[RowTokens]) -> RowLayout:
+        sizes, blank, traits = [row.size for row in rows], self.policy.processor.pictures.blank, self.policy.processor.traits
+        up = lambda longest, multiple: -(-longest // multiple) * multiple  # noqa: E731
+        canvases = [blank.canvas, *(size.canvas for size in sizes)]
+        return RowLayout(
+            prefix_slots=up(max(size.prefix for size in sizes), _PREFIX),
+            answer_slots=up(max(size.longest for size in sizes), _ANSWER),
+            answers=max(len(size.answers) for size in sizes),
+            images=max([blank.tiles, *(size.images for size in sizes)]),
+            canvas=(max(y for y, _ in canvases), max(x for _, x in canvases)),
+            patch_slots=max([blank.slots, *(size.patch_slots for size in sizes)]),
+            max_positions=traits.max_positions,
+            **self._limits,
+        )
+
+
+def _padded(row: RowTokens, answers: int) -> RowTokens:
+    """The row with so many answers: copies of its first one behind its own."""
+    return dataclasses.replace(row, answers=(*row.answers, *[row.answers[0]] * (answers - len(row.answers))))
+
+
+def _scores(model: Mllm, params: dict, batch: PairBatch) -> Float[Array, "B K"]:
+    features = model.encode_images(params, batch.images, batch.patches)
+    return at_ends(model.scores(params, model.hidden(params, features, batch)), batch)
