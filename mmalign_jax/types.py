@@ -159,6 +159,7 @@ class Sampled:
     logps: Float[Array, "*A B K R"]  # of their tokens when they were sampled, nats, 0 off the answers
     row_tokens: Float[Array, "*A B"]  # scored tokens of a row, the mean over all rows of the step
     limit: Float[Array, "*A B"]  # most tokens that an answer could have had
+    values: Float[Array, "*A B K R"] | None = None  # by the score head before each token, when they were sampled
 
 
 @jax.tree_util.register_dataclass

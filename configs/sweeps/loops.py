@@ -5,7 +5,7 @@
 """
 
 base = "../recipes/world_rewards.py"
-GROUPS = ("grpo", "dr_grpo", "dapo", "rloo")
+GROUPS = ("grpo", "dapo", "rloo")
 SHARED = {"report.gallery": 0, "checkpoint.every": 50, "monitor.every": 0}
 
 
@@ -14,4 +14,6 @@ def sweep():
         own = SHARED | {"train.seed": seed, "samples.seed": seed, "eval.before": seed == 0}
         for name in GROUPS:
             yield {"objective.name": name, **own}
+        yield {"objective.name": "ppo", "train.updates": 4, "optimizer.score_head_learning_rate": 1e-3, **own}
         yield {"objective.name": "dpo", **own}
+        yield {"objective.name": "dpo", "rounds.count": 3, "pairs.when": "offline", **own}

@@ -76,8 +76,12 @@ def whitened(x: PerToken, mask: Bool[Array, "B R"], *, epsilon: float = 1e-8) ->
 
 
 def value_loss(values: PerToken, old: PerToken, returns: PerToken, mask: Bool[Array, "B R"], *, clip: float = 0.2) -> Float[Array, ""]:
-    """Mean over tokens of 0.5 max((V - R)^2, (V' - R)^2), V' = V kept within `clip` of the values when the answers were sampled."""
+    """Mean over tokens of `value_errors`."""
+    return jnp.sum(jnp.where(mask, value_errors(values, old, returns, clip), 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def value_errors(values: Float[Array, "*b R"], old: Float[Array, "*b R"], returns: Float[Array, "*b R"], clip: float) -> Float[Array, "*b R"]:
+    """0.5 max((V - R)^2, (V' - R)^2), V' = V kept within `clip` of the values when the answers were sampled."""
     old, returns = jax.lax.stop_gradient((old, returns))
     kept = jnp.clip(values, old - clip, old + clip)
-    worse = jnp.maximum(jnp.square(values - returns), jnp.square(kept - returns))
-    return 0.5 * jnp.sum(jnp.where(mask, worse, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+    return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(kept - returns))

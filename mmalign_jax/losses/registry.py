@@ -34,18 +34,22 @@ _RANGES: Mapping[str, tuple[Callable[[float], bool], str]] = {
     "clip_low": _NOT_NEGATIVE,
     "clip_high": _NOT_NEGATIVE,
     "cap": _POSITIVE,
+    "clip": _POSITIVE,
     "kl_in_reward": _NOT_NEGATIVE,
     "guidance": _NOT_NEGATIVE,
     "length_norm": _NOT_NEGATIVE,
     "centering": _NOT_NEGATIVE,
     "beta_by_epoch": _POSITIVE,
     # where one objective is stricter than others
+    "ppo.gamma": (lambda x: 0 <= x <= 1, "in 0 .. 1"),
+    "ppo.lam": (lambda x: 0 <= x <= 1, "in 0 .. 1"),
     "exo.label_smoothing": (lambda x: 0 < x < 0.5, "above 0 and below 0.5"),
     "f_dpo.alpha": (lambda x: x != 1, "another number than 1"),
     "alpha_po.alpha": (lambda x: x != 0, "another number than 0"),
 }
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "divergence": ("reverse_kl", "forward_kl", "js", "alpha"),
+    "estimate": ("k1", "k1_clamped", "k3"),
     "kind": policy_gradient.KINDS,
     "level": policy_gradient.LEVELS,
     "advantage": policy_terms.ADVANTAGES,

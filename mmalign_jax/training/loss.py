@@ -71,6 +71,15 @@ class LossFunction:
         own = batch.answers == self.objective.answers
         return with_mismatched(batch) if Need.MISMATCHED in self.objective.needs and own else batch
 
+    def with_values(self, params: dict, frozen: dict, batch: PairBatch) -> PairBatch:
+        """The rows `[A, B]` of samples with what the score head of the policy that drew them says before each token."""
+        side = Side(self.model, union(params, frozen))
+
+        def of(some: PairBatch) -> Array:
+            return score_head.before_tokens(side.model.scores(side.params, side.hidden(side.tower(some), some)), some)
+
+        return dataclasses.replace(batch, sampled=dataclasses.replace(batch.sampled, values=jax.lax.map(of, batch)))
+
     def statistics(
         self, params: dict, frozen: dict, reference: dict | None, batch: PairBatch, key: Array, moment: Moment | None = None
     ) -> BranchStats:

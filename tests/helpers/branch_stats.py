@@ -84,6 +84,10 @@ def random_stats(objective: Objective, *, rows: int = 4, slots: int = 3, seed: i
         total = jnp.broadcast_to(jnp.sum(answers.lengths) / rows, (rows,)).astype(dtype)
         return Sampled(real(*inside.shape[:2]), logps, total, jnp.full(rows, 8.0, dtype))
 
+    def values() -> jax.Array:
+        count = answers.lengths.shape[1]
+        return jnp.where(np.arange(slots) < answers.lengths[..., None], real(rows, count, slots, low=-1.0), 0.0)
+
     answers = logps(4 if Need.SAMPLED in needs else objective.answers)
     return BranchStats(
         answers=answers,
@@ -97,7 +101,7 @@ def random_stats(objective: Objective, *, rows: int = 4, slots: int = 3, seed: i
         collision=some(Need.COLLISION, -real(rows, 2)),
         kl=some(Need.KL, real(rows, 2)),
         scores=some(Need.SCORES, real(rows, objective.answers, low=-1.0)),
-        values=some(Need.VALUES, real(rows, objective.answers, slots, low=-1.0)),
+        values=values() if Need.VALUES in needs else None,
         epoch=some(Need.EPOCH, jnp.array(1)),
     )
 
