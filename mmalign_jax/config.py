@@ -141,6 +141,7 @@ class SamplesConfig:
     offline_share: float = setting(
         0.0, min=0.0, max=1.0, help="Mixed-DPO (arXiv 2407.02477, section 2.3): probability that a row of a step is the data set's own pair"
     )
+    offline_pairs: str = setting("set", choices=("set", "bdhs"), help="bdhs: made before training from references")
 
 
 @dataclasses.dataclass(frozen=True)

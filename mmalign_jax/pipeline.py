@@ -115,7 +115,9 @@ class _Run:
         records = self._records()
         before = self._measure("before", tests) if c.eval.before else None
         if c.pairs.maker != "none" and c.pairs.when == "offline":
-            records = self._pairs(records)
+            records = self._pairs(records, c)
+        elif c.samples.offline_share and c.samples.offline_pairs == "bdhs":
+            records = self._pairs(records, dataclasses.replace(c, pairs=dataclasses.replace(c.pairs, maker="bdhs", when="offline")))
         kept_out: Records | None = None
         if c.data.holdout:
             records, kept_out = holdout.split(records, c.data.holdout, c.train.seed)
@@ -153,15 +155,15 @@ class _Run:
         self.console.line(f"{prepared.count} records of {prepared.read} rows" + (f"; skipped: {left_out}" if left_out else ""))
         return builder.open_records(prepared.dir)
 
-    def _pairs(self, records: builder.RecordSource) -> builder.RecordSource:
+    def _pairs(self, records: builder.RecordSource, config: Config) -> builder.RecordSource:
         """Pairs for all records, made by the model that training starts from."""
         what = {"bdhs": "rejected answers (BDHS)", "samples": "pairs of the model's own answers"}
-        title = f"Making {what[self.config.pairs.maker]} for {len(records)} records"
-        if self.config.pairs.cache:
-            made = make_cached(self.policy, records, self.config, self.console, title)
+        title = f"Making {what[config.pairs.maker]} for {len(records)} records"
+        if config.pairs.cache:
+            made = make_cached(self.policy, records, config, self.console, title)
             self.console.line(f"Pairs in {made.prepared.dir}" + (", made before" if made.prepared.reused else ""))
         else:
-            made = make_offline(self.policy, records, self.config, self.workdir / run_files.PAIRS, self.console, title)
+            made = make_offline(self.policy, records, config, self.workdir / run_files.PAIRS, self.console, title)
         self.skipped += [*_skipped(made.prepared), *_not_fitting(made.left_out)]
         counts = made.statistics
         if jax.process_index() == 0:

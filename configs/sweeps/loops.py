@@ -16,4 +16,5 @@ def sweep():
             yield {"objective.name": name, **own}
         yield {"objective.name": "ppo", "train.updates": 4, "optimizer.score_head_learning_rate": 1e-3, **own}
         yield {"objective.name": "dpo", **own}
+        yield {"objective.name": "dpo", "samples.offline_share": 0.5, "samples.offline_pairs": "bdhs", **own}
         yield {"objective.name": "dpo", "rounds.count": 3, "pairs.when": "offline", **own}
