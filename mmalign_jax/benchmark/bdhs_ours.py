@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.benchmark.child import peak_bytes, serve
-from mmalign_jax.benchmark.workload import Item, Result, Workload, result
+from mmalign_jax.benchmark.workload import Item, Numbered, Result, Workload, result
 from mmalign_jax.config import DataConfig, PairsConfig
 from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.hf.pretrained import Pretrained
@@ -22,7 +22,7 @@ def record_of(item: Item) -> PreferenceRecord:
     return PreferenceRecord(item.id, (Media("image", Path(item.picture).read_bytes()),), (Turn("user", parts),), (Response(item.answer),), ())
 
 
-def runner(workload: Workload) -> Callable[[Sequence[Item]], list[Result]]:
+def runner(workload: Workload) -> Callable[[Sequence[Numbered]], list[Result]]:
     """A function that makes the rejected answers of some items, the model loaded."""
     options = dataclasses.asdict(workload.options)
     config = PairsConfig(maker="bdhs", batch_size=workload.batch_size, **options)
@@ -32,13 +32,10 @@ def runner(workload: Workload) -> Callable[[Sequence[Item]], list[Result]]:
     sampler = BdhsSampler(policy.model, policy.processor, policy.mesh, config, layout, lanes)
     params = policy.params()
 
-    def run(items: Sequence[Item]) -> list[Result]:
-        # a set that is shorter than what is asked for is gone through again, under draws of its own
-        renamed = (dataclasses.replace(record_of(item), id=f"{item.id}/{number}") for number, item in enumerate(items))
-        outcomes = list(sampler(params, renamed))
-        return [
-            result(item, one.rejected, one.iteration, one.similarity, config.eps) for item, one in zip(items, outcomes, strict=True)
-        ]  # fmt: skip
+    def run(asked: Sequence[Numbered]) -> list[Result]:
+        records = (dataclasses.replace(record_of(one.item), id=f"{one.item.id}/{one.number}") for one in asked)
+        outcomes = sampler(params, records)
+        return [result(one.item, o.rejected, o.iteration, o.similarity, config.eps) for one, o in zip(asked, outcomes, strict=True)]
 
     return run
 

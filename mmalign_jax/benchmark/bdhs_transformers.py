@@ -124,7 +124,7 @@ def main() -> None:
     workload = Workload.read(Path(sys.argv[1]))
     sampler = Straightforward(workload.model, workload.options)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "torch threads": str(torch.get_num_threads())}
-    serve(workload, imported, versions, lambda items: [sampler(item) for item in items])
+    serve(workload, imported, versions, lambda asked: [sampler(one.item) for one in asked])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A side of the benchmark as a process of its own: what it says about itself, and how it is asked.
 
 One line of JSON each way. The child says first `{"ready": ...}`; a request `{"start": i, "count": n}` is answered with seconds and results.
+Attempts are numbered on, so that a record that comes again has draws of its own.
 Anything else that the child writes goes to standard error. Nothing here imports jax or torch.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmalign_jax.benchmark.workload import Item, Result, Workload, pick
+from mmalign_jax.benchmark.workload import Numbered, Result, Workload
 from mmalign_jax.errors import UserError
 
 
@@ -24,7 +25,7 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def serve(workload: Workload, imported_bytes: int, versions: Mapping[str, str], run: Callable[[Sequence[Item]], list[Result]]) -> None:
+def serve(workload: Workload, imported_bytes: int, versions: Mapping[str, str], run: Callable[[Sequence[Numbered]], list[Result]]) -> None:
     """Answers requests until standard input ends.
 
     Args:
@@ -37,25 +38,28 @@ def serve(workload: Workload, imported_bytes: int, versions: Mapping[str, str], 
     print(json.dumps({"ready": ready}), file=out, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        items = pick(workload.items, request["start"], request["count"])
-        started = time.perf_counter()
+        items = workload.pick(request["start"], request["count"])
+        started, cpu = time.perf_counter(), time.process_time()
         results = run(items)
-        seconds = time.perf_counter() - started
-        answer = {"seconds": seconds, "peak_bytes": peak_bytes(), "results": [dataclasses.asdict(one) for one in results]}
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+        answer = {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak_bytes(), "results": [dataclasses.asdict(one) for one in results]}
         print(json.dumps(answer), file=out, flush=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Timed:
-    """An answer: seconds of work, peak memory of the child up to then, and the results."""
+    """An answer: seconds of work, those of all its threads, peak memory of the child up to then, and the results."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     results: tuple[Result, ...]
 
 
 class Child:
-    """A running side. Use in a `with` statement.
+    """A running side. `close` it when nothing more is asked.
+
+    `ready` holds what it says of itself: `imported_bytes`, `versions` and `options`.
 
     Args:
       module: started with `python -m`, its one argument the workload's directory.
@@ -70,10 +74,7 @@ class Child:
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready: dict[str, Any] = self._answer()["ready"]
 
-    def __enter__(self) -> "Child":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
@@ -81,7 +82,7 @@ class Child:
     def __call__(self, start: int, count: int) -> Timed:
         print(json.dumps({"start": start, "count": count}), file=self._process.stdin, flush=True)
         answer = self._answer()
-        return Timed(answer["seconds"], answer["peak_bytes"], tuple(Result(**one) for one in answer["results"]))
+        return Timed(answer["seconds"], answer["cpu_seconds"], answer["peak_bytes"], tuple(Result(**one) for one in answer["results"]))
 
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline()

@@ -5,7 +5,6 @@ Nothing here imports jax or torch, so that neither weighs on the other side's me
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +42,14 @@ class Item:
 
 
 @dataclasses.dataclass(frozen=True)
+class Numbered:
+    """An item on its way: the number tells it from the same item in another round."""
+
+    number: int
+    item: Item
+
+
+@dataclasses.dataclass(frozen=True)
 class Workload:
     """Records and options; both sides make one rejected answer a record.
 
@@ -58,6 +65,10 @@ class Workload:
 
     def write(self, directory: Path) -> None:
         (directory / _FILE).write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
+
+    def pick(self, start: int, count: int) -> tuple["Numbered", ...]:
+        """`count` items from number `start` on; behind the last one comes the first again."""
+        return tuple(Numbered(number, self.items[number % len(self.items)]) for number in range(start, start + count))
 
     @classmethod
     def read(cls, directory: Path) -> "Workload":
@@ -100,8 +111,3 @@ def result(item: Item, rejected: str, iteration: int, similarity: float, eps: fl
     """What is kept of a rejected answer."""
     unchanged = rejected.split() == item.answer.split()
     return Result(item.id, iteration, similarity, similarity < eps, unchanged, len(rejected.split()))
-
-
-def pick(items: Sequence[Item], start: int, count: int) -> tuple[Item, ...]:
-    """`count` items from `start` on; behind the last one comes the first again."""
-    return tuple(items[(start + number) % len(items)] for number in range(count))

@@ -123,7 +123,7 @@ def attend_lanes(
     mask: Bool[Array, "B S T"],
     tail_key: Float[Array, "B S X G E"],
     tail_value: Float[Array, "B S X G E"],
-    tail_mask: Bool[Array, " X"],
+    tail_mask: Bool[Array, " X"] | Bool[Array, "B X"],
 ) -> Float[Array, "B S H E"]:
     """One new token a lane: attends to the row's shared cache where `mask` allows, and to the lane's own tail.
 
@@ -132,7 +132,8 @@ def attend_lanes(
     grouped = _group(query, key.shape[-2])
     shared = jnp.einsum("bsgre,btge->bgrst", grouped, key, preferred_element_type=jnp.float32)
     own = jnp.einsum("bsgre,bsxge->bgrsx", grouped, tail_key, preferred_element_type=jnp.float32)
-    tail = mesh.constrain(jnp.broadcast_to(tail_mask, (*mask.shape[:2], tail_mask.shape[0])), "batch", None, None)
+    tail = jnp.broadcast_to(jnp.atleast_2d(tail_mask)[:, None], (*mask.shape[:2], tail_mask.shape[-1]))
+    tail = mesh.constrain(tail, "batch", None, None)
     both_mask = jnp.concatenate([mask, tail], axis=-1)[:, None, None]
     weights = _softmax(jnp.concatenate([shared, own], axis=-1), both_mask, config).astype(value.dtype)
     split = key.shape[1]

@@ -45,14 +45,14 @@ class Layers:
 
     Args:
       rope, local_rope: cos and sin of full and of windowed layers; `local_rope` is None where they are the same.
-      index: slot of the tails that this step fills; None for packed rows.
+      index: slot of the tails that this step fills, one for all rows or one a row; None for packed rows.
       deep: what is added to the hidden states behind each of the first J layers (DeepStack, arXiv 2406.04334).
     """
 
     masks: Masks
     rope: tuple[Array, Array]
     local_rope: tuple[Array, Array] | None = None
-    index: Int[Array, ""] | None = None
+    index: Int[Array, ""] | Int[Array, " B"] | None = None
     deep: Float[Array, "J B T D"] | None = None
 
 
@@ -102,10 +102,10 @@ class _Attention(nn.Module):
         mask = _choose(this.local, layers.masks.local, layers.masks.full)
         if layers.index is not None:
             new = KeyValues(_put(this.cache.tail.key, new.key, layers.index), _put(this.cache.tail.value, new.value, layers.index))
-            slots = jnp.arange(new.key.shape[2])
-            tail_mask = slots <= layers.index
+            slots, index = jnp.arange(new.key.shape[2]), layers.index[..., None]
+            tail_mask = slots <= index
             if c.sliding_window is not None:
-                tail_mask &= ~this.local | (layers.index - slots < c.sliding_window)
+                tail_mask &= ~this.local | (index - slots < c.sliding_window)
             shared = this.cache.shared
             mixed = attend_lanes(c, query, shared.key, shared.value, mask, new.key, new.value, tail_mask)
         else:
@@ -115,9 +115,11 @@ class _Attention(nn.Module):
         return Linear("bthe,hed->btd", shape, kernel_axes, ("batch", None, None), bias, (None,), c.lora, name="out")(mixed), new
 
 
-def _put(tail: Float[Array, "B S X G E"], new: Float[Array, "B S G E"], index: Int[Array, ""]) -> Float[Array, "B S X G E"]:
+def _put(
+    tail: Float[Array, "B S X G E"], new: Float[Array, "B S G E"], index: Int[Array, ""] | Int[Array, " B"]
+) -> Float[Array, "B S X G E"]:
     """Fills slot `index` of every tail. A select, because a scatter into sharded rows would need its sharding spelt out."""
-    here = (jnp.arange(tail.shape[2]) == index)[None, None, :, None, None]
+    here = jnp.atleast_2d(jnp.arange(tail.shape[2]) == index[..., None])[:, None, :, None, None]
     return jnp.where(here, new[:, :, None], tail)
 
 
@@ -181,7 +183,7 @@ class Decoder(nn.Module):
         *,
         deep: Float[Array, "J B T D"] | None = None,
         cache: LayerCache | None = None,
-        index: Int[Array, ""] | None = None,
+        index: Int[Array, ""] | Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         """Last hidden states, and the keys and values (of decode lanes: the tails) where `keep_cache` asks for them.
 

@@ -131,11 +131,12 @@ class Mllm:
         position: Int[Array, "B S"],
         turning: Int[Array, "B S"],
         view: LaneView,
-        index: Int[Array, ""],
+        index: Int[Array, ""] | Int[Array, " B"],
     ) -> tuple[Float[Array, "B S D"], KeyValues]:
         """One new token in every lane: returns its last hidden state and the tails with slot `index` filled.
 
         Args:
+          index: of all rows, or one a row.
           position, turning: position and rotary position of the new tokens.
         """
         local = local_layers(self.config.decoder)
