@@ -41,6 +41,8 @@ def runner(workload: Workload) -> Callable[[Sequence[Numbered]], list[Result]]:
 
 
 def main() -> None:
+    # transformers, of which the tokenizer is, loads torch wherever it is installed; this side does without
+    sys.modules |= dict.fromkeys(("torch", "torchvision"))
     imported = peak_bytes()
     workload = Workload.read(Path(sys.argv[1]))
     serve(workload, imported, {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}, runner(workload))
