@@ -118,26 +118,28 @@ def attend(
 def attend_lanes(
     config: DecoderConfig,
     query: Float[Array, "B S H E"],
-    key: Float[Array, "B T G E"],
-    value: Float[Array, "B T G E"],
+    shared: tuple[Float[Array, "B G T E"], Float[Array, "B G T E"]],
     mask: Bool[Array, "B S T"],
-    tail_key: Float[Array, "B S X G E"],
-    tail_value: Float[Array, "B S X G E"],
-    tail_mask: Bool[Array, " X"],
+    tail: tuple[Float[Array, "B S G X E"], Float[Array, "B S G X E"]],
+    filled: Bool[Array, " X"] | Bool[Array, "B X"],
+    own: tuple[Float[Array, "B S G E"], Float[Array, "B S G E"]],
 ) -> Float[Array, "B S H E"]:
-    """One new token a lane: attends to the row's shared cache where `mask` allows, and to the lane's own tail.
+    """One new token a lane: attends to the row's shared cache where `mask` allows, to the lane's tail where it is filled, and to itself.
 
-    The shared keys are read once for all lanes of a row; nothing is copied into the lanes.
+    The shared keys are read once for all lanes of a row; nothing is copied into the lanes. Pairs are keys and values.
     """
-    grouped = _group(query, key.shape[-2])
-    shared = jnp.einsum("bsgre,btge->bgrst", grouped, key, preferred_element_type=jnp.float32)
-    own = jnp.einsum("bsgre,bsxge->bgrsx", grouped, tail_key, preferred_element_type=jnp.float32)
-    tail = mesh.constrain(jnp.broadcast_to(tail_mask, (*mask.shape[:2], tail_mask.shape[0])), "batch", None, None)
-    both_mask = jnp.concatenate([mask, tail], axis=-1)[:, None, None]
-    weights = _softmax(jnp.concatenate([shared, own], axis=-1), both_mask, config).astype(value.dtype)
-    split = key.shape[1]
-    mixed = jnp.einsum("bgrst,btge->bsgre", weights[..., :split], value)
-    mixed = mixed + jnp.einsum("bgrsx,bsxge->bsgre", weights[..., split:], tail_value)
+    groups, split = shared[0].shape[1], shared[0].shape[2]
+    grouped = _group(query, groups)
+    f32 = {"preferred_element_type": jnp.float32}
+    scores = [jnp.einsum("bsgre,bgte->bgsrt", grouped, shared[0], **f32), jnp.einsum("bsgre,bsgxe->bgsrx", grouped, tail[0], **f32)]
+    scores.append(jnp.einsum("bsgre,bsge->bgsr", grouped, own[0], **f32)[..., None])
+    behind = jnp.broadcast_to(jnp.atleast_2d(filled)[:, None], (*mask.shape[:2], filled.shape[-1]))
+    behind = mesh.constrain(jnp.pad(behind, ((0, 0), (0, 0), (0, 1)), constant_values=True), "batch", None, None)
+    allowed = jnp.concatenate([mask, behind], axis=-1)[:, None, :, None]
+    weights = _softmax(jnp.concatenate(scores, axis=-1), allowed, config).astype(query.dtype)
+    mixed = jnp.einsum("bgsrt,bgte->bsgre", weights[..., :split], shared[1])
+    mixed = mixed + jnp.einsum("bgsrx,bsgxe->bsgre", weights[..., split:-1], tail[1])
+    mixed = mixed + jnp.einsum("bgsr,bsge->bsgre", weights[..., -1], own[1])
     return mesh.reshape(mixed, query.shape, "batch", None, "heads", None)
 
 

@@ -16,7 +16,10 @@ from mmalign_jax.models.layers import Embed, Linear, RMSNorm, activation
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValues:
-    """Keys and values of one layer, or of all with a leading L: `[*L B T G E]`, tails `[*L B S X G E]`."""
+    """Keys and values of one layer, or of all with a leading L: `[*L B G T E]`, tails `[*L B S G X E]`, of new tokens `[*L B S G E]`.
+
+    Heads stand before slots, so that attention reads what lies side by side.
+    """
 
     key: Array
     value: Array
@@ -45,14 +48,14 @@ class Layers:
 
     Args:
       rope, local_rope: cos and sin of full and of windowed layers; `local_rope` is None where they are the same.
-      index: slot of the tails that this step fills; None for packed rows.
+      index: slot of the tails that this step will fill, one for all rows or one a row; None for packed rows.
       deep: what is added to the hidden states behind each of the first J layers (DeepStack, arXiv 2406.04334).
     """
 
     masks: Masks
     rope: tuple[Array, Array]
     local_rope: tuple[Array, Array] | None = None
-    index: Int[Array, ""] | None = None
+    index: Int[Array, ""] | Int[Array, " B"] | None = None
     deep: Float[Array, "J B T D"] | None = None
 
 
@@ -101,24 +104,25 @@ class _Attention(nn.Module):
         query, new = rotate(query, cos, sin), KeyValues(rotate(key, cos, sin), value)
         mask = _choose(this.local, layers.masks.local, layers.masks.full)
         if layers.index is not None:
-            new = KeyValues(_put(this.cache.tail.key, new.key, layers.index), _put(this.cache.tail.value, new.value, layers.index))
-            slots = jnp.arange(new.key.shape[2])
-            tail_mask = slots <= layers.index
+            shared, tail = this.cache.shared, this.cache.tail
+            slots, index = jnp.arange(tail.key.shape[3]), layers.index[..., None]
+            filled = slots < index
             if c.sliding_window is not None:
-                tail_mask &= ~this.local | (layers.index - slots < c.sliding_window)
-            shared = this.cache.shared
-            mixed = attend_lanes(c, query, shared.key, shared.value, mask, new.key, new.value, tail_mask)
+                filled &= ~this.local | (index - slots < c.sliding_window)
+            mixed = attend_lanes(c, query, (shared.key, shared.value), mask, (tail.key, tail.value), filled, (new.key, new.value))
         else:
             mixed = attend(c, query, new.key, new.value, mask)
+            new = KeyValues(new.key.swapaxes(1, 2), new.value.swapaxes(1, 2))
         bias = (c.width,) if c.out_bias else ()
         shape, kernel_axes = (c.heads, c.head_width, c.width), ("heads", None, "embed")
         return Linear("bthe,hed->btd", shape, kernel_axes, ("batch", None, None), bias, (None,), c.lora, name="out")(mixed), new
 
 
-def _put(tail: Float[Array, "B S X G E"], new: Float[Array, "B S G E"], index: Int[Array, ""]) -> Float[Array, "B S X G E"]:
-    """Fills slot `index` of every tail. A select, because a scatter into sharded rows would need its sharding spelt out."""
-    here = (jnp.arange(tail.shape[2]) == index)[None, None, :, None, None]
-    return jnp.where(here, new[:, :, None], tail)
+def put(tails: Float[Array, "L B S G X E"], new: Float[Array, "L B S G E"], index: Int[Array, ""] | Int[Array, " B"]) -> Array:
+    """Fills slot `index` of every tail, one for all rows or one a row."""
+    rows = jnp.broadcast_to(index, tails.shape[1:2])
+    fill = lambda tail, one, at: jax.lax.dynamic_update_slice_in_dim(tail, one[..., None, :], at, axis=3)  # noqa: E731
+    return jax.vmap(fill, in_axes=(1, 1, 0), out_axes=1)(tails, new, rows)
 
 
 class _Mlp(nn.Module):
@@ -181,14 +185,14 @@ class Decoder(nn.Module):
         *,
         deep: Float[Array, "J B T D"] | None = None,
         cache: LayerCache | None = None,
-        index: Int[Array, ""] | None = None,
+        index: Int[Array, ""] | Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
-        """Last hidden states, and the keys and values (of decode lanes: the tails) where `keep_cache` asks for them.
+        """Last hidden states, and the keys and values (of decode lanes: those of the new tokens) where `keep_cache` asks for them.
 
         Args:
           positions: rotary positions.
           deep: see `Layers`.
-          cache, index: of decode lanes, whose T is S: their caches, and the slot of the tails that this step fills.
+          cache, index: of decode lanes, whose T is S: their caches, and how many slots of the tails are filled.
         """
         c = self.config
         rope = rope_tables(c.rope, c.head_width, positions)

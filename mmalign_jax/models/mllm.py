@@ -14,7 +14,7 @@ from mmalign_jax import mesh
 from mmalign_jax.models.attention import packed_mask, softcap
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.connector import Connector
-from mmalign_jax.models.decoder import Decoder, KeyValues, LayerCache, Masks, local_layers
+from mmalign_jax.models.decoder import Decoder, KeyValues, LayerCache, Masks, local_layers, put
 from mmalign_jax.models.patches import take_patches
 from mmalign_jax.models.score_head import scores
 from mmalign_jax.models.vision import VisionTower
@@ -27,7 +27,7 @@ class Prefill:
     """Last hidden states of a row and its keys and values, the shared cache of its decode lanes."""
 
     hidden: Float[Array, "B T D"]
-    cache: KeyValues  # [L B T G E]
+    cache: KeyValues  # [L B G T E]
 
 
 @jax.tree_util.register_dataclass
@@ -101,10 +101,10 @@ class Mllm:
             return Prefill(*self._decode_rows(params, features, batch, decoder, visible, images_see_all))
 
     def empty_tail(self, rows: int, lanes: int, slots: int) -> KeyValues:
-        """Tails `[L B S X G E]` for `slots` new tokens a lane."""
+        """Tails `[L B S G X E]` for `slots` new tokens a lane."""
         c = self.config.decoder
-        shape = (c.layers, rows, lanes, slots, c.kv_heads, c.head_width)
-        zeros = mesh.constrain(jnp.zeros(shape, self.dtype), None, "batch", None, None, "kv_heads", None)
+        shape = (c.layers, rows, lanes, c.kv_heads, slots, c.head_width)
+        zeros = mesh.constrain(jnp.zeros(shape, self.dtype), None, "batch", None, "kv_heads", None, None)
         return KeyValues(zeros, zeros)
 
     def lane_view(
@@ -131,11 +131,12 @@ class Mllm:
         position: Int[Array, "B S"],
         turning: Int[Array, "B S"],
         view: LaneView,
-        index: Int[Array, ""],
+        index: Int[Array, ""] | Int[Array, " B"],
     ) -> tuple[Float[Array, "B S D"], KeyValues]:
         """One new token in every lane: returns its last hidden state and the tails with slot `index` filled.
 
         Args:
+          index: of all rows, or one a row.
           position, turning: position and rotary position of the new tokens.
         """
         local = local_layers(self.config.decoder)
@@ -146,7 +147,9 @@ class Mllm:
         with jax.named_scope("decode_step"):
             decoder = Decoder(self.config.decoder, keep_cache=True)
             masks = Masks(None if local.all() else view.allowed, near)
-            return decoder.apply({"params": params["decoder"]}, inputs, turning, masks, cache=LayerCache(shared, tail), index=index)
+            cache = LayerCache(shared, tail)
+            hidden, new = decoder.apply({"params": params["decoder"]}, inputs, turning, masks, cache=cache, index=index)
+            return hidden, KeyValues(put(tail.key, new.key, index), put(tail.value, new.value, index))
 
     def head(self, params: dict) -> Float[Array, "D V"]:
         """The output kernel: the decoder's own, or the transposed embedding when they are tied."""

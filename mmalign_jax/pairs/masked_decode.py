@@ -22,7 +22,7 @@ from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out_pictures, lay_
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.pairs.views import View
-from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, kept_slots, lane_keys, without_hidden
+from mmalign_jax.sampling import DecodeOptions, LaneStart, LaneTokens, decode_in_turn, kept_slots, lane_keys, without_hidden
 from mmalign_jax.types import PREFIX, PairBatch, Patches, PreferenceRecord, record_key
 
 _NO_PICTURES = np.zeros((0, 1, 1, 3), np.uint8)  # the features are at hand
@@ -236,7 +236,7 @@ def _complete(
     start: LaneStart,
     number: Int[Array, " B"],
     key: Array,
-) -> Samples:
+) -> LaneTokens:
     """Prefill and decode of one device batch.
 
     Args:
@@ -247,4 +247,4 @@ def _complete(
         start = LaneStart(jax.vmap(lambda values, slot: values[slot])(now_at, start.slot), start.active)
     prefill = model.prefill(params, _rows_of(pool, place), batch, visible, images_see_all=prefix_slots is None)
     keys = lane_keys(key, batch.record_key, number, start.slot.shape[1])
-    return decode_lanes(model, params, prefill, batch, start, keys, options, visible)
+    return decode_in_turn(model, params, prefill, batch, start, keys, options, visible)

@@ -2,5 +2,8 @@
 
 from mmalign_jax.sampling.decode import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
 from mmalign_jax.sampling.hidden_slots import kept_slots, without_hidden
+from mmalign_jax.sampling.turns import LaneTokens, decode_in_turn
 
-__all__ = ["DecodeOptions", "LaneStart", "Samples", "decode_lanes", "kept_slots", "lane_keys", "without_hidden"]
+__all__ = [
+    "DecodeOptions", "LaneStart", "LaneTokens", "Samples", "decode_in_turn", "decode_lanes", "kept_slots", "lane_keys", "without_hidden",
+]  # fmt: skip

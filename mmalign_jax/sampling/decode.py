@@ -106,7 +106,7 @@ def decode_lanes(
     def body(carry):
         step, hidden, tail, tokens, logps, lengths, done, stopped, read = carry
         logits = model.logits(params, hidden)
-        chosen = _draw(jnp.where(banned, -jnp.inf, logits), keys, step, options)
+        chosen = draw_tokens(jnp.where(banned, -jnp.inf, logits), keys, step, options)
         here = (jnp.arange(options.max_new_tokens) == step) & ~done[..., None]
         tokens = jnp.where(here, chosen[..., None], tokens)
         logps = jnp.where(here, _logp(logits, chosen)[..., None], logps)
@@ -142,7 +142,10 @@ def _logp(logits: Float[Array, "B S V"], chosen: Int[Array, "B S"]) -> Float[Arr
     return label - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _draw(logits: Float[Array, "B S V"], keys: Array, step: Int[Array, ""], options: DecodeOptions) -> Int[Array, "B S"]:
+def draw_tokens(
+    logits: Float[Array, "B S V"], keys: Array, step: Int[Array, ""] | Int[Array, "B S"], options: DecodeOptions
+) -> Int[Array, "B S"]:
+    """A token of each lane, drawn under its key (`lane_keys`) for the token's number in the lane, `step`."""
     if options.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / options.temperature
@@ -154,5 +157,5 @@ def _draw(logits: Float[Array, "B S V"], keys: Array, step: Int[Array, ""], opti
         before = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1) - jax.nn.softmax(order, axis=-1)
         threshold = jnp.min(jnp.where(before < options.top_p, order, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < threshold, -jnp.inf, logits)
-    step_keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, step)))(keys)
+    step_keys = jax.vmap(jax.vmap(jax.random.fold_in))(keys, jnp.broadcast_to(step, keys.shape))
     return jax.vmap(jax.vmap(jax.random.categorical))(step_keys, logits).astype(jnp.int32)

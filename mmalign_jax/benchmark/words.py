@@ -1,0 +1,114 @@
+"""The words of the benchmark: descriptions in plain English for any model, and a vocabulary for one with random weights.
+
+A tokenizer of whole words, so that a model with random weights writes text that can be read back. One word in twelve ends with a full
+stop, so that its sentences end as often as those of a description do: behind a split in the middle about twelve words are left.
+"""
+
+import itertools
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+PROMPT = "Describe this picture in detail."
+SENTENCES = (4, 6)  # fewest and most of a description
+WORDS_TO_STOP = 12
+
+_COLORS = ("red", "blue", "green", "yellow", "white", "black", "brown", "gray", "orange", "purple")
+_THINGS = (
+    "cup", "table", "chair", "dog", "cat", "bird", "tree", "car", "bench", "lamp", "clock", "book", "bottle", "plate", "window", "door",
+    "bicycle", "umbrella", "vase", "boat", "house", "fence", "bag", "hat", "ball", "kite", "train", "horse", "sheep", "cake",
+)  # fmt: skip
+_MOODS = ("small", "large", "old", "new", "wooden", "bright", "dark", "round", "tall", "shiny")
+_PLACES = ("street", "kitchen", "garden", "room", "park", "field", "beach", "station", "market", "garage")
+_FORMS = (
+    "The picture shows a {mood} {color} {thing} that stands beside a {mood} {thing} in the {mood} {place}.",
+    "There is a {color} {thing} on the left side of the scene and a {mood} {thing} on the right.",
+    "In the background a {color} {thing} can be seen behind the {mood} {thing} near the {place}.",
+    "A {mood} {thing} lies on top of the {color} {thing} while a {color} {thing} is placed in front of it.",
+    "Two people walk past the {color} {thing} and look at the {mood} {thing} in the {place}.",
+    "The {mood} {place} is full of light and the {color} {thing} next to the {thing} stands out.",
+    "Next to the {thing} there are several {color} objects including a {mood} {thing} and a {thing}.",
+)
+
+BOS, EOS, UNK, PAD, IMAGE = "<s>", "</s>", "<unk>", "<pad>", "<image>"
+SPECIAL_TOKENS = (UNK, BOS, EOS, PAD, IMAGE)  # ids 0 to 4
+_SPACE = "▁"
+
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{%- set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string else message['content'] %}
+{%- if message['role'] == 'user' %}{{ 'USER: ' }}
+{%- for part in parts if part['type'] == 'image' %}{{ '<image>\n' }}{%- endfor %}
+{%- for part in parts if part['type'] == 'text' %}{{ part['text'] + ' ' }}{%- endfor %}
+{%- else %}{{ 'ASSISTANT: ' }}
+{%- for part in parts if part['type'] == 'text' %}{{ part['text'] }}{%- endfor %}{{ '</s>' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{%- endif %}"""
+
+
+def description(random: np.random.Generator) -> str:
+    """A reference answer of 4 to 6 sentences, about 16 words each."""
+    count = int(random.integers(SENTENCES[0], SENTENCES[1] + 1))
+    forms = random.permutation(len(_FORMS))[:count]
+    return " ".join(_fill(_FORMS[form], random) for form in forms)
+
+
+def _fill(form: str, random: np.random.Generator) -> str:
+    lists = {"color": _COLORS, "thing": _THINGS, "mood": _MOODS, "place": _PLACES}
+    return re.sub(r"{(\w+)}", lambda slot: str(random.choice(lists[slot[1]])), form)
+
+
+def vocabulary(size: int) -> tuple[str, ...]:
+    """`size` different tokens: the special ones, every word of the descriptions, and made-up words.
+
+    Raises:
+      ValueError: the descriptions alone take more.
+    """
+    frame = re.findall(r"\S+", "USER: ASSISTANT: " + PROMPT) + [".", "?"]
+    fixed = [word for form in _FORMS for word in re.sub(r"{\w+}", " ", form).split() if word != "."]
+    lists = [*_COLORS, *_THINGS, *_MOODS, *_PLACES]
+    ends = [f"{word}." for word in (*_THINGS, *_PLACES)]
+    known = [*SPECIAL_TOKENS, _SPACE, "\n", *dict.fromkeys(_SPACE + word for word in (*frame, *fixed, *lists, *ends)), "Describe"]
+    if len(known) > size:
+        raise ValueError(f"a vocabulary of {size} tokens; the words of the descriptions take {len(known)}")
+    stops, out = sum(word.endswith(".") for word in known), list(known)
+    for word in _made_up():
+        if len(out) == size:
+            return tuple(out)
+        due = len(out) // WORDS_TO_STOP > stops  # the ends that the descriptions have count, too
+        if _SPACE + word not in known:
+            stops += due
+            out.append(_SPACE + word + ("." if due else ""))
+    raise ValueError(f"there are not so many made-up words as a vocabulary of {size} tokens takes")
+
+
+def _made_up() -> Iterator[str]:
+    syllables = ["".join(pair) for pair in itertools.product("bdfgklmnprstvz", "aeiou")]
+    return ("".join(parts) for parts in itertools.product(syllables, repeat=3))
+
+
+def write_tokenizer(directory: pathlib.Path, size: int) -> None:
+    """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` with the `vocabulary` of this size."""
+    ids = {token: number for number, token in enumerate(vocabulary(size))}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(ids, unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first"),
+        pre_tokenizers.Split("\n", behavior="isolated"),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="first")
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 1)])
+    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD,
+        "additional_special_tokens": [IMAGE], "image_token": IMAGE, "padding_side": "left", "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
