@@ -148,7 +148,7 @@ def listed(workdir):
     return [tuple(map(html.unescape, row)) for row in cells]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_skipped_rows_are_counted_and_listed(model, tmp_path):
     """A whole run with BDHS pairs, in which bad rows are skipped and one that is too long is dropped: nothing gets lost on the way."""
     long = rlaif_row(9, image=good(9)["image"], chosen="A cat. " * 60)

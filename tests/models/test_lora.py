@@ -112,7 +112,7 @@ def test_beginning_is_peft_s(tiny):
         assert not np.any(leaf[LORA_B])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_on_a_mesh(tiny, sizes, new, logits):
     """Factors are sharded as their kernels' inputs and outputs, and the logits are the same."""
     mesh = make_mesh(2, 2, 2)

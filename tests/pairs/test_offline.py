@@ -178,7 +178,7 @@ def test_an_interrupted_run_leaves_nothing_and_damaged_statistics_are_named(poli
             make(policy, records, tmp_path / "pairs")
 
 
-@pytest.mark.parametrize("maker", ["bdhs", "samples"])
+@pytest.mark.parametrize("maker", [pytest.param("bdhs", marks=pytest.mark.nightly), "samples"])
 def test_a_killed_run_goes_on_with_the_record_that_it_was_at(policy, tmp_path, monkeypatch, maker):
     """Nothing is made twice, nothing is lost, and the counts are those of a run that was not killed."""
     scorers = {"scorers": ("objects(wrong=0.5)", "length(-0.1)"), "synonyms": str(tmp_path / "table.json")}

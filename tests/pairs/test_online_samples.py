@@ -245,6 +245,7 @@ def test_rows_may_be_the_sets_own_pairs(make, params, tiny):
     assert 0 < np.mean(shares) < 1 and seen
 
 
+@pytest.mark.nightly
 def test_the_reference_may_be_one_side(make, params, tiny):
     config = dataclasses.replace(SAMPLES, selector="reference_against_own")
     batch, _ = make(PairBatches, config, own=1).next_batch(params)

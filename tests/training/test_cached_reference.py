@@ -170,7 +170,7 @@ def test_sums_metrics_and_gradient_are_those_of_a_live_reference(policy, cache, 
     assert "reused" in some.said.getvalue() and "Computing" not in some.said.getvalue()
 
 
-@pytest.mark.parametrize(("name", "values"), [("ddpo", {"changed_weight": 7.0}), pytest.param("ld_dpo", {"alpha": 0.3}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "values"), [("ddpo", {"changed_weight": 7.0}), pytest.param("ld_dpo", {"alpha": 0.3}, marks=pytest.mark.nightly)])
 def test_weights_of_tokens_may_change_without_a_new_sweep(policy, cache, name, values):
     some = case(policy, cache, name, objective=values)
     assert_same(*both_ways(some))

@@ -184,7 +184,7 @@ def test_a_reference_that_follows(tiny, batch):
     np.testing.assert_allclose(seen[0]["rewards/margins"], 0, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["kto", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("aot", "tdpo"))])
 def test_eight_devices_have_the_loss_of_one(tiny, reference, name):
     eight = [dataclasses.replace(r, id=f"{r.id} {half}") for half in range(2) for r in MIXED]

@@ -122,7 +122,7 @@ def test_two_parts_are_the_whole(trained):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_eight_devices_have_the_loss_of_one(tiny, trained):
     eight = batch_of([dataclasses.replace(r, id=f"{r.id} {half}") for half in range(2) for r in MIXED], tiny.processor)
     _, loss, _ = trained
@@ -136,7 +136,7 @@ def test_eight_devices_have_the_loss_of_one(tiny, trained):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), many[1]["score_head"], one[1]["score_head"])
 
 
-@pytest.mark.parametrize("name", ["reward_model", "ha_dpo"])
+@pytest.mark.parametrize("name", ["reward_model", pytest.param("ha_dpo", marks=pytest.mark.nightly)])
 def test_held_out_pairs_are_judged_as_in_training(tiny, name):
     """Buckets, filler rows and all; of an objective with more terms, only what compares is computed."""
     objective = losses.build(name).compares

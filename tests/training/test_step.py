@@ -137,7 +137,7 @@ def whole(step):
     return reference, jax.device_get(after.params), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.nightly), 4])
 def test_accumulated_equals_whole(tiny, batch, whole, count):
     reference, expected, metrics = whole
     assert abs(metrics["rewards/margins"]) > 1e-3
@@ -178,7 +178,7 @@ def test_weight_of_a_pair_multiplies_its_loss(tiny, batch):
     np.testing.assert_allclose(run(jnp.array([2.0, 0.0, 1.0, 0.5])), 2 * alone[0] + alone[2] + 0.5 * alone[3], rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_steps_on_a_mesh_keep_their_shardings(tiny):
     """Two parts of four rows over data x fsdp = 4, heads and key/value heads over tensor = 2; AdamW, as in a run."""
     mesh = make_mesh(2, 2, 2)

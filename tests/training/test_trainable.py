@@ -174,7 +174,7 @@ def test_census_sees_what_is_dead():
     assert found == {"new/lora_a": False, "new/lora_b": False, "old/lora_a": True, "old/lora_b": True, "dead/kernel": True}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_projector_that_trains_too_has_its_copy_in_the_reference(tiny, batch):
     run = Run(tiny, batch, Trainable(frozenset({"vision_tower", "decoder"})))
     assert run.reference().keys() == {"projector"}
