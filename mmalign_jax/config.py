@@ -368,6 +368,8 @@ def _check_across(config: Config) -> None:
     _check_samples(config)
     if config.rounds.count > 1 and not (config.pairs.maker != "none" and config.pairs.when == "offline" and config.export.enabled):
         raise UserError("config.rounds.count: a round makes its pairs before it trains (config.pairs.maker, when = offline) and exports its model")
+    if config.rounds.count > 1 and config.data.holdout:
+        raise UserError("config.data.holdout: what one round holds out another trains on; leave it 0")
     if config.rounds.count > 1 and config.model.init:
         raise UserError("config.rounds.count: rounds start from a model (config.model.path), not from a new one")
     if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.answers < 2 and not config.objective.of_samples:

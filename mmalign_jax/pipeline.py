@@ -244,9 +244,10 @@ class _Run:
         slots = max(c.samples.max_tokens, plan.layout.answer_slots if own else 0)
         marked = Need.CHANGED in self.objective.needs
         layout = dataclasses.replace(plan.layout, answers=c.samples.count if of_samples else 2, answer_slots=slots, mark_changes=marked)
-        self._preflight(records, dataclasses.replace(plan, layout=layout))
+        planned = dataclasses.replace(plan, layout=layout)  # what the monitor goes by, too
+        self._preflight(records, planned)
         batches = GroupBatches if of_samples else PairBatches
-        return batches(records, plan, layout, answerer, c.samples, c.train), plan
+        return batches(records, plan, layout, answerer, c.samples, c.train), planned
 
     def _loader(self, records: Records, plan: RowPlan, extras: Sequence[Extra] = ()) -> Loader:
         c, (index, count) = self.config, process_slice(self.policy.mesh)

@@ -70,6 +70,7 @@ def test_a_stopped_round_is_gone_on_with_and_finished_ones_are_not_repeated(runs
         ({"pairs": {"maker": "none"}}, "config.rounds.count: a round makes its pairs"),
         ({"pairs": {"maker": "bdhs", "when": "online"}}, "config.rounds.count: a round makes its pairs"),
         ({"export": {"enabled": False}}, "config.rounds.count: a round makes its pairs"),
+        ({"data": {"holdout": 0.1}}, "config.data.holdout: what one round holds out"),
         ({"model": {"init": "scenes"}}, "config.rounds.count: rounds start from a model"),
     ],
 )

@@ -120,9 +120,10 @@ class _Attention(nn.Module):
 
 def put(tails: Float[Array, "L B S G X E"], new: Float[Array, "L B S G E"], index: Int[Array, ""] | Int[Array, " B"]) -> Array:
     """Fills slot `index` of every tail, one for all rows or one a row."""
-    rows = jnp.broadcast_to(index, tails.shape[1:2])
+    if index.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(tails, new[..., None, :], index, axis=4)
     fill = lambda tail, one, at: jax.lax.dynamic_update_slice_in_dim(tail, one[..., None, :], at, axis=3)  # noqa: E731
-    return jax.vmap(fill, in_axes=(1, 1, 0), out_axes=1)(tails, new, rows)
+    return jax.vmap(fill, in_axes=(1, 1, 0), out_axes=1)(tails, new, index)
 
 
 class _Mlp(nn.Module):

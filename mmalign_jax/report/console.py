@@ -11,6 +11,7 @@ from typing import Any, TextIO
 # What the status line shows, where the metrics have it: name in the metrics, label, format.
 _SHOWN = (
     ("loss", "loss", "{:.4f}"),
+    ("samples/score", "reward", "{:+.3f}"),
     ("rewards/margins", "margin", "{:+.3f}"),
     ("rewards/accuracies", "accuracy", "{:.0%}"),
     ("pairs_per_s", "pairs/s", "{:.3g}"),

@@ -27,6 +27,7 @@ _MOST_SKIPPED = 500  # rows in the table; the count above it is of all
 # Title of a chart, and the metrics it draws, each with its name in the legend.
 _CHARTS = (
     ("Loss", (("loss", "loss"),)),
+    ("Reward of the policy's own answers", (("samples/score", "mean"), ("rewards/best", "best of a group"))),
     ("Rewards", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
     ("Reward margin", (("rewards/margins", "margin"),)),
     ("Reward accuracy", (("rewards/accuracies", "accuracy"),)),

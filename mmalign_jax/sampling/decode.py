@@ -157,5 +157,7 @@ def draw_tokens(
         before = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1) - jax.nn.softmax(order, axis=-1)
         threshold = jnp.min(jnp.where(before < options.top_p, order, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < threshold, -jnp.inf, logits)
-    step_keys = jax.vmap(jax.vmap(jax.random.fold_in))(keys, jnp.broadcast_to(step, keys.shape))
+    # not broadcast_to, which does not have the keys' sharding
+    steps = jax.random.key_data(keys)[..., 0] * 0 + jnp.asarray(step).astype(jnp.uint32)
+    step_keys = jax.vmap(jax.vmap(jax.random.fold_in))(keys, steps)
     return jax.vmap(jax.vmap(jax.random.categorical))(step_keys, logits).astype(jnp.int32)

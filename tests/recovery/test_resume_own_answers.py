@@ -11,7 +11,7 @@ STEPS = 6
 CONFIG = "configs/recipes/world_rewards.py"
 SETTINGS = {
     "train.steps": STEPS, "train.batch_size": 4, "train.log_every": 1, "checkpoint.every": 2, "scenes.align": 8, "samples.count": 3,
-    "samples.max_tokens": 16, "report.gallery": 0, "report.tensorboard": False, "eval.benchmarks": "()", "monitor.every": 0,
+    "samples.max_tokens": 16, "report.gallery": 0, "report.tensorboard": False, "eval.benchmarks": "()", "monitor.every": 3,
     "pairs.n_iter": 2, "pairs.max_sentence_tokens": 8, "pairs.max_answer_tokens": 16,
 }  # fmt: skip
 KINDS = {
