@@ -177,7 +177,7 @@ def token_losses(
     metrics = {
         "ratio": _mean(ratio, mask),
         "clip_fraction": _mean(((ratio < 1 - clip_low) & (advantages < 0)) | ((ratio > 1 + clip_high) & (advantages > 0)), mask),
-        "advantages": jnp.mean(jnp.abs(advantages)),
+        "advantages": _mean(jnp.abs(advantages), mask) if advantages.shape == mask.shape else jnp.mean(jnp.abs(advantages)),
     }
     if reference is not None:
         divergence = k3(logps, jax.lax.stop_gradient(jnp.where(mask, reference, 0.0)))

@@ -82,7 +82,7 @@ def test_the_output_kernel_may_be_left_out_of_an_export(tiny, head, tmp_path):
     out = export(moved | {"score_head": head}, tiny.directory, tmp_path / "out")
     found = load_params(out, read_config(out))
     np.testing.assert_array_equal(found["decoder"]["head"]["kernel"], tiny.params["decoder"]["head"]["kernel"])
-    np.testing.assert_array_equal(found["decoder"]["norm"]["scale"], moved["decoder"]["norm"]["scale"])
+    np.testing.assert_array_equal(found["decoder"]["final_norm"]["scale"], moved["decoder"]["final_norm"]["scale"])
     # the next export is of a model without a head, and the old head would not fit it
     again = export(found, out, tmp_path / "again")
     assert not (again / FILE).exists() and not (again / "model.safetensors.index.json").exists()

@@ -78,7 +78,7 @@ def test_the_tree_is_the_old_one_with_a_part_more(tiny):
 def test_the_rule(tiny):
     rule = Trainable.of(CONFIG, tiny.config)
     assert rule.trains(("score_head", "kernel")) and not rule.in_reference(("score_head", "kernel"))
-    assert rule.trains(("decoder", "norm", "scale")) and not rule.trains(("decoder", "head", "kernel")) and rule.output is False
+    assert rule.trains(("decoder", "final_norm", "scale")) and not rule.trains(("decoder", "head", "kernel")) and rule.output is False
     alone = from_mapping({"objective": {"name": "reward_model"}, "model": {"freeze": ("vision_tower", "projector", "decoder")}})
     assert {path[0] for path in paths(Trainable.of(alone, tiny.config).split(tiny.params)[0])} == {"score_head"}
     plain = dataclasses.replace(tiny.config, score_head=False)
