@@ -27,6 +27,7 @@ def model(tmp_path_factory):
     return checkpoints.tiny_llava(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.nightly
 def test_pairs_of_a_published_set(model, tmp_path):
     data = write_parquet(tmp_path / "set.parquet", [rlaif_row(number) for number in range(5)])
     done = command(model, data, tmp_path / "pairs")

@@ -85,6 +85,7 @@ def edited(directory, out, file, change):
     return out
 
 
+@pytest.mark.nightly
 def test_what_is_not_in_the_weights_is_found_too(good, tmp_path):
     """A wrong base of the rotary angles, other grey levels, another template."""
     theta = edited(good, tmp_path / "theta", "config.json", lambda text: text.replace('"rope_theta": 10000.0', '"rope_theta": 9000.0'))

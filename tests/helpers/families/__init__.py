@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 import pkgutil
+from collections.abc import Sequence
 
 import pytest
 from helpers.families.case import FamilyCase
@@ -32,9 +33,9 @@ def one_a_family() -> list:
     return _parameters({name.split()[0] for name in all_cases()} - set(LIKE))
 
 
-def one_a_kind() -> list:
-    """The same for tests that take long: CI runs one case of each of `KINDS`."""
-    return _parameters(set(KINDS))
+def one_a_kind(kinds: Sequence[str] = KINDS) -> list:
+    """The same for tests that take long: CI runs one case of each of `kinds`."""
+    return _parameters(set(kinds))
 
 
 def _parameters(families: set[str]) -> list:
