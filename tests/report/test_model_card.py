@@ -57,7 +57,8 @@ def test_front_matter():
         "base_model_relation": "finetune", "datasets": ["org/set"], "license": "other", "license_name": "theirs",
         "tags": ["mmalign_jax", "dpo", "preference-alignment", "bdhs"],
     }  # fmt: skip
-    front, body = card(Config(objective=dataclasses.replace(CONFIG.objective, name="sft")), base="", licence={}, on_hub=False, preferences=False)
+    sft = Config(objective=dataclasses.replace(CONFIG.objective, name="sft", hyperparameters={}))
+    front, body = card(sft, base="", licence={}, on_hub=False, preferences=False)
     assert front == {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["mmalign_jax", "sft"]}
     assert "Random weights, fine-tuned on answers" in body
     awkward = {"base": "a: b #c - [d]", "licence": {"license": "yes"}}  # YAML's own marks, and what it would take for a truth value
