@@ -84,6 +84,7 @@ def test_both_sides_write_the_same_where_nothing_is_drawn(model, tmp_path, rho_t
     assert len({one.words for one in ours}) > 1 or options.n_iter == 2
 
 
+@pytest.mark.nightly
 def test_both_sides_have_the_same_statistics(model, tmp_path):
     items = make_items(tmp_path, 12, seed=2)
     workload = Workload(str(model), OPTIONS, items, batch_size=8)
