@@ -1,6 +1,5 @@
 """The BDHS benchmark: its words, that both sides do the same, and what it reports."""
 
-import collections
 import dataclasses
 import json
 import math
