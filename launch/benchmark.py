@@ -69,7 +69,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 5, "rounds of each side", lower_bound=1)
     flags.DEFINE_integer("seed", 0, "of model, records and draws", lower_bound=0)
     flags.DEFINE_float("rho_th", 0.95, "probability that an image token is hidden", lower_bound=0.0, upper_bound=1.0)
-    flags.DEFINE_float("eps", 0.6, "a rejected answer is accepted below this similarity", lower_bound=0.0)
+    flags.DEFINE_float("eps", 0.65, "a rejected answer is accepted below this similarity", lower_bound=0.0)
     flags.DEFINE_integer("n_iter", 5, "most attempts", lower_bound=1)
     flags.DEFINE_float("temperature", 1.0, "of the draws", lower_bound=0.0)
     flags.DEFINE_integer("max_sentence_tokens", 64, "most tokens behind a split", lower_bound=1)

@@ -57,7 +57,7 @@ class Timed:
 
 
 class Child:
-    """A running side. `close` it when nothing more is asked.
+    """A running side, on the CPU. `close` it when nothing more is asked.
 
     `ready` holds what it says of itself: `imported_bytes`, `versions` and `options`.
 
@@ -71,7 +71,8 @@ class Child:
     def __init__(self, module: str, directory: Path):
         self._module = module
         words = [sys.executable, "-m", module, str(directory)]
-        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        on_cpu = os.environ | {"JAX_PLATFORMS": "cpu"}  # as torch is; and what jax loads for other devices weighs on no memory
+        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=on_cpu)
         self.ready: dict[str, Any] = self._answer()["ready"]
 
     def close(self) -> None:
