@@ -54,6 +54,7 @@ class Facts:
       pairs: what became of the records that pairs were made from, such as `{"pairs": 290, "unchanged": 10}`.
       hyperparameters: all of the objective.
       preferences: whether the objective compares answers.
+      scores_answers: whether it is a reward model, whose log-probs did not train.
       paper: arXiv number of the objective's paper.
       step: after which the exported weights were taken.
       trained: which parts were trained, and which were not, in words.
@@ -67,6 +68,7 @@ class Facts:
     trained: str
     hyperparameters: Mapping[str, Any]
     preferences: bool = True
+    scores_answers: bool = False
     paper: str = ""
     licence: Mapping[str, str | list[str]] = dataclasses.field(default_factory=dict)
     dataset: str = ""
@@ -84,14 +86,14 @@ def model_card(config: Config, facts: Facts) -> str:
     name = config.objective.name
     start = f"`{facts.base}`" if facts.base else "random weights"
     verb = f"aligned with preferences ({_objective(config, facts)})" if facts.preferences else "fine-tuned on answers"
-    if not config.objective.reads_logps:
+    if facts.scores_answers:
         verb = f"trained to score answers ({_objective(config, facts)})"
     sections = [
         f"# {name} on {facts.base or 'random weights'}",
         f"{start[:1].upper()}{start[1:]}, {verb} with {PACKAGE}. This card was written by the export and states what the run recorded.",
         "## Training\n\n" + _table(("", ""), _training(config, facts)),
         "## Scores\n\n" + _scores(config, facts),
-        "## Loading\n\n" + _LOADING + ("" if config.objective.reads_logps else _SCORING),
+        "## Loading\n\n" + _LOADING + (_SCORING if facts.scores_answers else ""),
         "## Versions\n\nOf the process that wrote this directory.\n\n" + _table(("", ""), list(facts.environment.items())),
     ]
     front = yaml.safe_dump(_front_matter(config, facts), sort_keys=False, allow_unicode=True, width=1000)

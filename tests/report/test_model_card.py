@@ -109,3 +109,16 @@ def test_scores_with_their_caveats():
 )
 def test_a_licence_is_stated_only_as_the_base_states_it(text, licence):
     assert licence_of(text) == licence
+
+
+def test_a_reward_model_says_how_it_is_read_and_what_it_does_on_held_out_pairs():
+    held_out = (ScoreRow("Accuracy (50 pairs)", None, Score(0.92, 0.85, 0.98), "higher", group="Held-out pairs"),)
+    _, body = card(scores_answers=True, scores=(), held_out=held_out)
+    assert "trained to score answers" in body and "score_head.safetensors" in body and "RewardModel.read(" in body
+    assert cells_of("Accuracy (50 pairs)", body) == "92.0% [85.0, 98.0]" and "The run measured nothing" not in body
+    assert "score_head" not in card()[1]
+
+
+def cells_of(name, body):
+    (line,) = (line for line in body.splitlines() if line.startswith(f"| {name} |"))
+    return line.split("|")[2].strip()
