@@ -134,10 +134,12 @@ class SamplesConfig:
     seed: int = setting(0, min=0)
     scorers: tuple[str, ...] = setting((), help='what an answer is worth, a sum, such as ("objects", "length(-0.1)"); see `pairs.scorers`')
     synonyms: str = setting("", help="JSON file for the scorer objects: kind -> words that name it; the built-in world has its own")
-    unfinished: bool = setting(True, help="whether answers that ran out of tokens count: as samples of a group, or as the better of a pair")
+    unfinished: bool = setting(
+        True, help="online: whether answers that ran out of tokens count, as samples of a group or as the better of a pair; offline they never do"
+    )
     selector: str = setting("best_worst", help="see `pairs.selectors`")
     gap: float = setting(0.0, min=0.0, help="least difference between the scores of a pair")
-    length_ratio: float = setting(0.0, min=0.0, help="most that one answer of a pair may be as long as the other, in words; 0: no limit")
+    length_ratio: float = setting(0.0, min=0.0, help="most, above 1, that one answer of a pair may be as long as the other, in words; 0: no limit")
     offline_share: float = setting(
         0.0, min=0.0, max=1.0, help="Mixed-DPO (arXiv 2407.02477, section 2.3): probability that a row of a step is the data set's own pair"
     )
@@ -179,17 +181,15 @@ class ObjectiveConfig:
         return self._built.compares is not None
 
     @property
+    def of_samples(self) -> bool:
+        """Whether it learns from the rewards of groups of samples."""
+        return self._built.of_samples
+
+    @property
     def _built(self) -> Any:
         from mmalign_jax import losses  # arrays only; imported late so that reading a config does not load jax
 
         return losses.build(self.name, **self.hyperparameters)
-
-    @property
-    def of_samples(self) -> bool:
-        """Whether it learns from the rewards of groups of samples."""
-        from mmalign_jax import losses  # as above
-
-        return losses.Need.SAMPLED in losses.build(self.name, **self.hyperparameters).needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,8 +345,10 @@ def from_mapping(values: Mapping[str, Any] | ConfigDict) -> Config:
     Raises:
       UserError: an unknown key (with the nearest known one), a wrong type or a value out of range; the message names the key.
     """
+    from mmalign_jax.config_checks import check_across  # late: it reads the records of this file
+
     config = _record(Config, values, "config")
-    _check_across(config)
+    check_across(config)
     return config
 
 
@@ -355,81 +357,6 @@ def to_mapping(config: Config) -> dict[str, Any]:
     plain = dataclasses.asdict(config)
     plain["objective"] = {"name": config.objective.name, **config.objective.hyperparameters}
     return plain
-
-
-def _check_across(config: Config) -> None:
-    if config.train.batch_size % config.train.accumulate:
-        raise UserError(f"config.train.accumulate: {config.train.accumulate} does not divide config.train.batch_size = {config.train.batch_size}")
-    _check_parts(config)
-    if (config.stop.kl_budget or config.stop.length_ratio) and not 0 < config.monitor.every <= config.train.steps:
-        raise UserError("config.monitor.every: config.stop reads what the monitor measures; set it between 1 and config.train.steps")
-    if config.stop.patience and not config.eval.probe_every:
-        raise UserError("config.eval.probe_every: config.stop.patience counts probes; set how often they are made")
-    _check_samples(config)
-    if config.rounds.count > 1 and not (config.pairs.maker != "none" and config.pairs.when == "offline" and config.export.enabled):
-        raise UserError("config.rounds.count: a round makes its pairs before it trains (config.pairs.maker, when = offline) and exports its model")
-    if config.rounds.count > 1 and config.data.holdout:
-        raise UserError("config.data.holdout: what one round holds out another trains on; leave it 0")
-    if config.rounds.count > 1 and config.model.init:
-        raise UserError("config.rounds.count: rounds start from a model (config.model.path), not from a new one")
-    if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.answers < 2 and not config.objective.of_samples:
-        raise UserError(
-            f"config.pairs.when: {config.objective.name} reads no rejected answers, so online pairs have no use; set config.pairs.maker to none"
-        )
-    if config.pairs.maker != "none" and config.pairs.when == "online" and config.reference.kind == "cached":
-        raise UserError("config.reference.kind: pairs that are made online cannot be cached; use live")
-    if config.pairs.maker == "bdhs" and config.data.on_long_row == "shorten_answer":
-        raise UserError("config.data.on_long_row: pairs (config.pairs.maker) are made from whole references; use error or drop")
-    if (config.pairs.similarity == "encoder") != bool(config.pairs.encoder):
-        raise UserError('config.pairs.encoder: a directory goes with config.pairs.similarity = "encoder", and only with it')
-    if config.pairs.gamma and (config.pairs.when == "online" or config.pairs.per_sentence):
-        raise UserError("config.pairs.gamma: the set's own rejected answers go with whole pairs that are made offline; leave it 0")
-    if config.data.format == "scenes" and config.data.path:
-        raise UserError(f"config.data.path: {config.data.path} would not be read, because config.data.format is scenes; leave one of the two out")
-    if not config.objective.reads_logps:
-        for group, name in (("eval", "benchmarks"), ("eval", "probe_every"), ("stop", "length_ratio")):
-            if getattr(getattr(config, group), name):
-                raise UserError(f"config.{group}.{name}: {config.objective.name} trains scores and not what the model says; leave it out")
-    if config.data.holdout and not config.objective.compares:
-        raise UserError(f"config.data.holdout: {config.objective.name} compares no answers, so held-out pairs have no use; leave it 0")
-    if config.data.holdout and config.pairs.maker != "none" and config.pairs.when == "online":
-        raise UserError("config.data.holdout: pairs that are made online cannot be held out; make them offline, or leave it 0")
-    if config.eval.holdout_every and not config.data.holdout:
-        raise UserError("config.eval.holdout_every: no pairs are held out; set config.data.holdout")
-    if config.auxiliary.holdout:
-        raise UserError("config.auxiliary.holdout: only pairs of config.data are held out; leave it 0")
-    if config.model.init and config.model.path:
-        raise UserError("config.model.path: a run that starts from config.model.init reads no model; leave one of the two empty")
-
-
-def _check_samples(config: Config) -> None:
-    drawn = config.pairs.maker == "samples"
-    if config.objective.of_samples and not (drawn and config.pairs.when == "online"):
-        raise UserError(
-            f'config.pairs.maker: {config.objective.name} learns from answers that the policy draws during training; set it to "samples", and '
-            'config.pairs.when to "online"'
-        )
-    if drawn and not config.samples.scorers:
-        raise UserError("config.samples.scorers: say what the policy's answers are worth; pairs.scorers lists what there is")
-    if config.objective.of_samples and config.samples.temperature != 1.0:
-        raise UserError(
-            f"config.samples.temperature: {config.objective.name} compares log-probs with those of the draws, at temperature 1; leave it at 1"
-        )
-
-
-def _check_parts(config: Config) -> None:
-    freeze, lora, optimizer = config.model.freeze, config.lora, config.optimizer
-    if freeze != ("auto",):
-        if unknown := set(freeze) - set(PARTS):
-            raise UserError(f"config.model.freeze: unknown part {sorted(unknown)}; the parts are {', '.join(PARTS)}, or auto alone")
-        if len(set(freeze)) == len(PARTS) and not (lora.rank or config.model.adapter or config.objective.score_head):
-            raise UserError("config.model.freeze: all parts are frozen, nothing would train")
-    if lora.rank and not (lora.targets and lora.parts):
-        raise UserError("config.lora: give at least one of lora.targets and one of lora.parts, or lora.rank = 0")
-    if lora.rank and config.model.adapter:
-        raise UserError("config.lora.rank: an adapter that goes on training brings its own rank; leave it 0 or leave config.model.adapter empty")
-    if any(optimizer.rates.values()) and not optimizer.learning_rate:
-        raise UserError("config.optimizer.learning_rate: must be above 0 where parts have learning rates; freeze the parts that shall not train")
 
 
 def _record(cls: type, values: Any, where: str) -> Any:

@@ -26,7 +26,7 @@ from mmalign_jax.evaluation.generate import Generator
 from mmalign_jax.files import write_json
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.losses import Need
-from mmalign_jax.pairs.answers import plan_answers
+from mmalign_jax.pairs.answers import plan_answers, scorers_of
 from mmalign_jax.pairs.offline import make_cached, make_offline, plan_sampler
 from mmalign_jax.pairs.online import BdhsBatches
 from mmalign_jax.pairs.online_samples import GroupBatches, PairBatches
@@ -105,6 +105,9 @@ class _Run:
         self.loss = LossFunction(p.model, self.objective, c.train.redraw_views == "epoch")
         if self.loss.view is not None:
             self.console.line(f"Corrupted images: {self.loss.view}")
+        if c.pairs.maker == "samples":  # mistakes in them are told before anything is measured
+            parse_selector(c.samples.selector, "config.samples.selector")
+            scorers_of(c)
         self.skipped: list[SkippedRow] = []
         options = {"batch_size": c.eval.batch_size, "max_new_tokens": c.eval.max_new_tokens, "data": c.data}
         self.generator = Generator(p.model, p.processor, p.mesh, **options)
@@ -183,9 +186,7 @@ class _Run:
             # a rejected answer may be longer than its reference
             slots = min(2 * plan.layout.answer_slots, c.data.answer_tokens or 2 * plan.layout.answer_slots)
             layout = dataclasses.replace(plan.layout, answers=2, answer_slots=slots, mark_changes=Need.CHANGED in self.objective.needs)
-            if self.loss.view is not None and "other_images" in self.loss.view.needs:
-                raise UserError("config.objective.view: other rows' pictures are not at hand for online pairs; choose another view")
-            return self._with_auxiliary(BdhsBatches(records, p.processor, sampler, plan, layout, c.train)), plan
+            return self._online(BdhsBatches(records, p.processor, sampler, plan, layout, c.train)), plan
         plan = self._plan(records)
         self._preflight(records, plan)
         if Need.MARGIN in self.objective.needs and not any(records[index].prefs[pref].margin for index, pref in plan.items.tolist()):
@@ -234,7 +235,7 @@ class _Run:
     def _own_answers(self, records: Records) -> tuple[Batches, RowPlan]:
         """Answers that the policy draws between steps: groups for objectives that learn from rewards, pairs for others."""
         c, p = self.config, self.policy
-        of_samples = Need.SAMPLED in self.objective.needs
+        of_samples = self.objective.of_samples
         if Need.MARGIN in self.objective.needs and c.samples.offline_share:
             raise UserError(f"config.samples.offline_share: {self.objective.name} goes by margins, and those of the set's pairs are of another kind")
         reads_reference = parse_selector(c.samples.selector, "config.samples.selector").reads_reference
@@ -247,7 +248,13 @@ class _Run:
         planned = dataclasses.replace(plan, layout=layout)  # what the monitor goes by, too
         self._preflight(records, planned)
         batches = GroupBatches if of_samples else PairBatches
-        return batches(records, plan, layout, answerer, c.samples, c.train), planned
+        return self._online(batches(records, plan, layout, answerer, c.samples, c.train)), planned
+
+    def _online(self, batches: Batches) -> Batches:
+        """The batches of a maker that uses the policy, with what else their rows hold."""
+        if self.loss.view is not None and "other_images" in self.loss.view.needs:
+            raise UserError("config.objective.view: other rows' pictures are not at hand for online pairs; choose another view")
+        return self._with_auxiliary(batches)
 
     def _loader(self, records: Records, plan: RowPlan, extras: Sequence[Extra] = ()) -> Loader:
         c, (index, count) = self.config, process_slice(self.policy.mesh)

@@ -50,7 +50,7 @@ def of_round(config: Config, directories: list[Path], number: int) -> Config:
     seeds = {name: dataclasses.replace(getattr(config, name), seed=getattr(config, name).seed + number) for name in ("pairs", "samples", "train")}
     out = dataclasses.replace(config, **seeds, rounds=dataclasses.replace(config.rounds, count=1))
     if number:
-        model = dataclasses.replace(config.model, path=str(directories[number - 1] / "export"), adapter="")
+        model = dataclasses.replace(config.model, path=str(directories[number - 1] / "export"))
         # what comes before has been measured as the round before's end
         out = dataclasses.replace(out, model=model, eval=dataclasses.replace(config.eval, before=False))
     if number + 1 < len(directories):

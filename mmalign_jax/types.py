@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 PAD, PREFIX, FIRST_ANSWER = 0, 1, 2
 
 # Fields of a `PairBatch` whose last axis is the row's slots.
-BY_SLOT = ("tokens", "role", "positions", "image_index", "token_weight", "mrope", "changed", "reference_logps")
+BY_SLOT = ("tokens", "role", "positions", "image_index", "token_weight", "mrope", "changed", "reference_logps", "drawn_logps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +153,13 @@ class Patches:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """What is known of a row's answers when they are samples of the policy."""
+    """What is known of a row's answers when they are a group of samples of the policy."""
 
     rewards: Float[Array, "*A B K"]
-    logps: Float[Array, "*A B K R"]  # of their tokens when they were sampled, nats, 0 off the answers
     row_tokens: Float[Array, "*A B"]  # scored tokens of a row, the mean over all rows of the step
     limit: Float[Array, "*A B"]  # most tokens that an answer could have had
-    values: Float[Array, "*A B K R"] | None = None  # by the score head before each token, when they were sampled
+    logps: Float[Array, "*A B K R"] | None = None  # by the policy that drew them, nats, 0 off the answers; None: it is the policy as it is
+    values: Float[Array, "*A B K R"] | None = None  # by its score head before each token, likewise
 
 
 @jax.tree_util.register_dataclass
@@ -192,7 +192,8 @@ class PairBatch:
     reference_logps: Float[Array, "*A B T"] | None = None  # cached, by token, 0 off the answers
     reference_other_logps: Float[Array, "*A B _"] | None = None  # the same of the first answers under the corrupted image
     auxiliary: "PairBatch | None" = None  # as many rows of another data set, K = 1
-    sampled: Sampled | None = None  # where all answers are samples
+    sampled: Sampled | None = None  # where the answers are a group of samples
+    drawn_logps: Float[Array, "*A B T"] | None = None  # by the sampler, of tokens that were drawn for this step; NaN elsewhere
 
     @property
     def answers(self) -> int:

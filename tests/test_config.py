@@ -81,6 +81,12 @@ SAMPLED = {"pairs": {"maker": "samples", "when": "online"}, "samples": {"scorers
         (SAMPLED | {"objective": {"name": "sft"}}, "config.pairs.when: sft reads no rejected answers"),
         (SAMPLED | {"objective": {"name": "grpo"}, "samples": {"scorers": ("exact",), "temperature": 0.7}}, "config.samples.temperature: grpo"),
         (SAMPLED | {"reference": {"kind": "cached"}}, "config.reference.kind: pairs that are made online cannot be cached"),
+        (SAMPLED | {"samples": {"scorers": ("exact",), "stop_strings": ("",)}}, "config.samples.stop_strings: an empty string"),
+        (SAMPLED | {"objective": {"name": "grpo"}, "samples": {"scorers": ("exact",), "offline_share": 0.5}}, "config.samples.offline_share"),
+        ({"samples": {"offline_share": 0.5}}, "config.samples.offline_share: only pairs"),
+        (SAMPLED | {"data": {"on_long_row": "shorten_answer"}}, "config.data.on_long_row: rows of answers that are drawn"),
+        (SAMPLED | {"objective": {"name": "reward_model"}}, "config.pairs.when: reward_model scores answers at their ends"),
+        (SAMPLED | {"objective": {"name": "grpo"}, "stop": {"grad_weight": 0.1}}, "config.stop.grad_weight: grpo has no chosen"),
         (SAMPLED | {"objective": {"name": "grpo", "kind": "ppo"}}, "config.objective.kind: 'ppo' is not one of 'grpo'"),
     ],
 )

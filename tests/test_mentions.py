@@ -1,22 +1,10 @@
 """Words that name things."""
 
 import pytest
+from helpers.synonyms import TABLE
 
 from mmalign_jax.errors import UserError
 from mmalign_jax.mentions import Mentions
-
-TABLE = {
-    "dog": ("puppy",),
-    "hot dog": (),
-    "bird": ("baby bird", "duck"),
-    "person": ("man", "baby", "child"),
-    "wine glass": ("glass",),
-    "toilet": ("toilet seat",),
-    "chair": ("seat",),
-    "knife": (),
-    "bus": (),
-    "sheep": (),
-}
 
 
 def kinds(text: str) -> list[str]:

@@ -9,7 +9,7 @@ from mmalign_jax.config import from_mapping
 from mmalign_jax.errors import UserError
 
 MAPPING = {
-    "model": {"path": "base", "adapter": "a"}, "pairs": {"maker": "bdhs", "seed": 3}, "train": {"seed": 5, "steps": 7},
+    "model": {"path": "base"}, "pairs": {"maker": "bdhs", "seed": 3}, "train": {"seed": 5, "steps": 7},
     "rounds": {"count": 3}, "export": {"dtype": "bfloat16"},
 }  # fmt: skip
 
@@ -42,7 +42,6 @@ def test_each_round_starts_from_the_model_of_the_one_before(runs, tmp_path, caps
     names, configs = zip(*runs[0], strict=True)
     assert names == ("round_1", "round_2", "round_3")
     assert [config.model.path for config in configs] == ["base", str(tmp_path / "round_1" / "export"), str(tmp_path / "round_2" / "export")]
-    assert [config.model.adapter for config in configs] == ["a", "", ""]
     assert [(config.pairs.seed, config.train.seed) for config in configs] == [(3, 5), (4, 6), (5, 7)]
     assert [config.export.dtype for config in configs] == ["float32", "float32", "bfloat16"]
     assert [config.eval.before for config in configs] == [True, False, False] and {config.rounds.count for config in configs} == {1}
@@ -71,6 +70,7 @@ def test_a_stopped_round_is_gone_on_with_and_finished_ones_are_not_repeated(runs
         ({"pairs": {"maker": "bdhs", "when": "online"}}, "config.rounds.count: a round makes its pairs"),
         ({"export": {"enabled": False}}, "config.rounds.count: a round makes its pairs"),
         ({"data": {"holdout": 0.1}}, "config.data.holdout: what one round holds out"),
+        ({"model": {"path": "base", "adapter": "a"}}, "config.model.adapter: a round merges its factors"),
         ({"model": {"init": "scenes"}}, "config.rounds.count: rounds start from a model"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmalign_jax.benchmark import words
 from mmalign_jax.hf.fresh import write_fresh
+from mmalign_jax.scenes import language
 
 NAME = "random LLaVA, 63M"
 
@@ -14,7 +15,7 @@ NAME = "random LLaVA, 63M"
 def hf_config() -> dict[str, Any]:
     """`config.json`: a Llama of 8 layers, width 512, behind a CLIP tower of 6 layers, width 256, 336 pixels in patches of 14."""
     return {
-        "image_token_index": words.SPECIAL_TOKENS.index(words.IMAGE),
+        "image_token_index": language.SPECIAL_TOKENS.index(language.IMAGE_TOKEN),
         "vision_feature_layer": -2,
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": False,
@@ -26,8 +27,8 @@ def hf_config() -> dict[str, Any]:
             "model_type": "llama", "vocab_size": 32064, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
             "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False,
-            "bos_token_id": words.SPECIAL_TOKENS.index(words.BOS), "eos_token_id": words.SPECIAL_TOKENS.index(words.EOS),
-            "pad_token_id": words.SPECIAL_TOKENS.index(words.PAD),
+            "bos_token_id": language.SPECIAL_TOKENS.index(language.BOS), "eos_token_id": language.SPECIAL_TOKENS.index(language.EOS),
+            "pad_token_id": language.SPECIAL_TOKENS.index(language.PAD),
         },
     }  # fmt: skip
 

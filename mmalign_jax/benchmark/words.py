@@ -5,14 +5,13 @@ stop, so that its sentences end as often as those of a description do: behind a 
 """
 
 import itertools
-import json
 import pathlib
 import re
 from collections.abc import Iterator
 
 import numpy as np
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+
+from mmalign_jax.scenes.language import CHAT_TEMPLATE, SPACE, SPECIAL_TOKENS, write_word_tokenizer
 
 PROMPT = "Describe this picture in detail."
 SENTENCES = (4, 6)  # fewest and most of a description
@@ -34,22 +33,6 @@ _FORMS = (
     "The {mood} {place} is full of light and the {color} {thing} next to the {thing} stands out.",
     "Next to the {thing} there are several {color} objects including a {mood} {thing} and a {thing}.",
 )
-
-BOS, EOS, UNK, PAD, IMAGE = "<s>", "</s>", "<unk>", "<pad>", "<image>"
-SPECIAL_TOKENS = (UNK, BOS, EOS, PAD, IMAGE)  # ids 0 to 4
-_SPACE = "▁"
-
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-{%- set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string else message['content'] %}
-{%- if message['role'] == 'user' %}{{ 'USER: ' }}
-{%- for part in parts if part['type'] == 'image' %}{{ '<image>\n' }}{%- endfor %}
-{%- for part in parts if part['type'] == 'text' %}{{ part['text'] + ' ' }}{%- endfor %}
-{%- else %}{{ 'ASSISTANT: ' }}
-{%- for part in parts if part['type'] == 'text' %}{{ part['text'] }}{%- endfor %}{{ '</s>' }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{%- endif %}"""
 
 
 def description(random: np.random.Generator) -> str:
@@ -74,7 +57,7 @@ def vocabulary(size: int) -> tuple[str, ...]:
     fixed = [word for form in _FORMS for word in re.sub(r"{\w+}", " ", form).split() if word != "."]
     lists = [*_COLORS, *_THINGS, *_MOODS, *_PLACES]
     ends = [f"{word}." for word in (*_THINGS, *_PLACES)]
-    known = [*SPECIAL_TOKENS, _SPACE, "\n", *dict.fromkeys(_SPACE + word for word in (*frame, *fixed, *lists, *ends)), "Describe"]
+    known = [*SPECIAL_TOKENS, SPACE, "\n", *dict.fromkeys(SPACE + word for word in (*frame, *fixed, *lists, *ends)), "Describe"]
     if len(known) > size:
         raise ValueError(f"a vocabulary of {size} tokens; the words of the descriptions take {len(known)}")
     stops, out = sum(word.endswith(".") for word in known), list(known)
@@ -82,9 +65,9 @@ def vocabulary(size: int) -> tuple[str, ...]:
         if len(out) == size:
             return tuple(out)
         due = len(out) // WORDS_TO_STOP > stops  # the ends that the descriptions have count, too
-        if _SPACE + word not in known:
+        if SPACE + word not in known:
             stops += due
-            out.append(_SPACE + word + ("." if due else ""))
+            out.append(SPACE + word + ("." if due else ""))
     raise ValueError(f"there are not so many made-up words as a vocabulary of {size} tokens takes")
 
 
@@ -95,20 +78,5 @@ def _made_up() -> Iterator[str]:
 
 def write_tokenizer(directory: pathlib.Path, size: int) -> None:
     """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` with the `vocabulary` of this size."""
-    ids = {token: number for number, token in enumerate(vocabulary(size))}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(ids, unk_token=UNK))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first"),
-        pre_tokenizers.Split("\n", behavior="isolated"),
-    ])  # fmt: skip
-    tokenizer.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="first")
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, 1)])
-    tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD,
-        "additional_special_tokens": [IMAGE], "image_token": IMAGE, "padding_side": "left", "model_max_length": 2048,
-        "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_word_tokenizer(directory, vocabulary(size), apart="\n", longest=2048)
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")

@@ -28,8 +28,8 @@ class Subset:
 def split(records: Records, share: float, seed: int) -> tuple[Subset, Subset]:
     """(records to train on, records that are held out).
 
-    Where a record goes is a function of the seed and its pictures' content, or of its id where it has none, so that a picture is never on
-    both sides, and that neither order nor other records matter.
+    Where a record goes is a function of the seed and its pictures' content, or of its id where it has none, so that records of the same pictures
+    are on one side, and that neither order nor other records matter. Of rows of several pictures, one may come again among others.
 
     Raises:
       UserError: one of the two has no record.

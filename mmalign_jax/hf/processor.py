@@ -178,6 +178,10 @@ class Processor:
         texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [text.lstrip()[1:] for text in texts]
 
+    def check_plain(self, text: str) -> None:
+        """Raises UserError for a text that holds a special token."""
+        self._plain(text)
+
     def _template(self, messages: list[dict], add_generation_prompt: bool) -> str:
         try:
             return self._tokenizer.apply_chat_template(

@@ -43,6 +43,11 @@ class Objective:
         return any(term.reads_logps for _, term in self.terms)
 
     @property
+    def of_samples(self) -> bool:
+        """Whether rows are groups of samples with rewards."""
+        return Need.SAMPLED in self.needs
+
+    @property
     def score_head(self) -> bool:
         """Whether it asks for a model with a score head."""
         return bool({Need.SCORES, Need.VALUES} & self.needs)

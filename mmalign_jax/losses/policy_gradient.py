@@ -107,7 +107,7 @@ def policy_gradient(
       reference: the reference's log-probs, for `kl_weight` times `k3`, added by token.
       kl_by_ratio: multiplies `k3` by rho, for samples that are not the policy's any more.
       max_length: of an answer, in tokens, for dr_grpo.
-      total_tokens: divides in place of this batch's token count (dapo, cispo, vespo), where a step has several batches.
+      total_tokens: divides in place of this batch's token count (bnpo, dapo, cispo, vespo), where a step has several batches.
       temperatures: tau of sapo for positive and for other advantages.
       shapes: (k, lam) of vespo for advantages that are not negative, and for negative ones.
 
@@ -123,7 +123,8 @@ def policy_gradient(
     )  # fmt: skip
     counts = jnp.sum(mask, axis=1, keepdims=True).astype(by_token.loss.dtype)
     metrics = by_token.metrics | {"lengths": jnp.mean(counts)}
-    reduced = _reduced(by_token.loss, counts, kind, max_length, total_tokens)
+    total = jnp.sum(counts) if total_tokens is None else total_tokens
+    reduced = reduced_losses(by_token.loss, counts[:, 0], kind, max_length, total)
     return reduced, {name: jax.lax.stop_gradient(value.astype(jnp.float32)) for name, value in (metrics | {"loss": reduced}).items()}
 
 
@@ -202,20 +203,29 @@ def check(kind: str, level: str, max_length: int | None) -> None:
         raise ValueError("dr_grpo divides by max_length, the most tokens that an answer may have")
 
 
-def _reduced(
-    loss: PerToken, counts: Float[Array, "B 1"], kind: str, max_length: int | None, total_tokens: Float[Array, ""] | None
+def reduced_losses(
+    loss: PerToken,
+    counts: Float[Array, " B"],
+    kind: str,
+    max_length: int | Float[Array, ""] | None,
+    total_tokens: Float[Array, ""],
 ) -> Float[Array, ""]:
+    """The loss of some answers from those of their tokens, see `policy_gradient`.
+
+    Args:
+      loss: 0 off the answers.
+      counts: tokens of each answer.
+      total_tokens: divides where all tokens weigh the same.
+    """
     match kind:
         case "grpo" | "sapo":
-            return jnp.mean(jnp.sum(loss, axis=1) / jnp.maximum(counts[:, 0], 1.0))
+            return jnp.mean(jnp.sum(loss, axis=1) / jnp.maximum(counts, 1.0))
         case "dr_grpo":
             return jnp.sum(loss) / (loss.shape[0] * max_length)
         case "luspo":
             # the answer's loss stands at each of its tokens, so that their sum is that loss times the length
             return jnp.mean(jnp.sum(loss, axis=1))
-        case "bnpo":
-            return jnp.sum(loss) / jnp.maximum(jnp.sum(counts), 1.0)
-    return jnp.sum(loss) / jnp.maximum(jnp.sum(counts) if total_tokens is None else total_tokens, 1.0)
+    return jnp.sum(loss) / jnp.maximum(total_tokens, 1.0)
 
 
 def _gamma_weight(gap: PerToken, advantages: Float[Array, "B _R"], shapes: tuple[tuple[float, float], tuple[float, float]]) -> Float[Array, "B _R"]:

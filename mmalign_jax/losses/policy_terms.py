@@ -9,13 +9,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mmalign_jax.losses.branches import CHOSEN, Branch, Need
-from mmalign_jax.losses.policy_gradient import Kind, Level, check, group_advantages, leave_one_out, token_losses
+from mmalign_jax.losses.policy_gradient import Kind, Level, check, group_advantages, leave_one_out, reduced_losses, token_losses
 from mmalign_jax.losses.stats import BranchStats
 from mmalign_jax.losses.terms import PerPair, Term
 from mmalign_jax.losses.whole_batch import gathered
 
 Advantage = Literal["group", "batch", "none", "leave_one_out"]
 ADVANTAGES: tuple[str, ...] = typing.get_args(Advantage)
+
+
+def drawn_logps(stats: BranchStats) -> Float[Array, "B K R"]:
+    """Log-probs by the policy that drew the answers, nats, 0 off them: of the policy as it is, unless they are given. No gradient."""
+    logps = stats.answers.policy_tokens if stats.sampled.logps is None else stats.sampled.logps
+    return jax.lax.stop_gradient(logps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +59,7 @@ class PolicyGradient(Term):
         rewards = stats.sampled.rewards
         if self.kl_in_reward:
             mask = stats.answers.token_weight > 0
-            gap = jnp.where(mask, stats.sampled.logps - stats.answers.reference_tokens, 0.0)
+            gap = jnp.where(mask, drawn_logps(stats) - stats.answers.reference_tokens, 0.0)
             rewards = rewards - self.kl_in_reward * jnp.sum(gap, axis=-1)
         if self.advantage == "leave_one_out":
             return leave_one_out(rewards)
@@ -62,17 +68,10 @@ class PolicyGradient(Term):
         return group_advantages(rewards, self.advantage)
 
     def __call__(self, stats: BranchStats) -> PerPair:
-        loss, mask = self._token_losses(stats)[0], stats.answers.token_weight > 0
-        counts = jnp.maximum(jnp.sum(mask, axis=-1), 1)
-        match self.kind:
-            case "grpo" | "sapo":
-                return jnp.mean(jnp.sum(loss, axis=-1) / counts, axis=-1)
-            case "dr_grpo":
-                return jnp.sum(loss, axis=(-2, -1)) / (loss.shape[1] * stats.sampled.limit)
-            case "luspo":
-                return jnp.mean(jnp.sum(loss, axis=-1), axis=-1)
-        # over all tokens of the step
-        return jnp.sum(loss, axis=(-2, -1)) / jnp.maximum(stats.sampled.row_tokens, 1.0)
+        loss = self._token_losses(stats)[0]
+        counts = jnp.sum(stats.answers.token_weight > 0, axis=-1).astype(loss.dtype)
+        of_row = lambda loss, counts, limit, tokens: reduced_losses(loss, counts, self.kind, limit, tokens)  # noqa: E731
+        return jax.vmap(of_row)(loss, counts, stats.sampled.limit, stats.sampled.row_tokens)
 
     def metrics(self, stats: BranchStats) -> dict[str, PerPair]:
         return {f"policy/{name}": value for name, value in self._token_losses(stats)[1].items()}
@@ -93,5 +92,5 @@ class PolicyGradient(Term):
             return found.loss, found.metrics
 
         reference = answers.reference_tokens if Need.REFERENCE in self.needs else None
-        args = (answers.policy_tokens, stats.sampled.logps, self.advantages(stats), answers.token_weight > 0, reference)
+        args = (answers.policy_tokens, drawn_logps(stats), self.advantages(stats), answers.token_weight > 0, reference)
         return jax.vmap(of_row, in_axes=(0, 0, 0, 0, None if reference is None else 0))(*args)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from mmalign_jax.losses.branches import CHOSEN, Branch, Need
 from mmalign_jax.losses.policy_gradient import token_losses
+from mmalign_jax.losses.policy_terms import drawn_logps
 from mmalign_jax.losses.ppo import gae, shaped_rewards, value_errors, whitened
 from mmalign_jax.losses.stats import BranchStats
 from mmalign_jax.losses.terms import PerPair, Term
@@ -40,7 +41,7 @@ class Returns:
             shaped = shaped_rewards(rewards, logps, reference, mask, kl_weight=self.kl_weight, estimate=self.estimate)
             return gae(shaped, values, mask, gamma=self.gamma, lam=self.lam)
 
-        return *jax.vmap(of_row)(sampled.rewards, sampled.logps, answers.reference_tokens, old, mask), old
+        return *jax.vmap(of_row)(sampled.rewards, drawn_logps(stats), answers.reference_tokens, old, mask), old
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +60,9 @@ class ProximalPolicy(Term):
 
     def metrics(self, stats: BranchStats) -> dict[str, Float[Array, "*b"]]:
         mask = stats.answers.token_weight > 0
-        gap = jnp.where(mask, stats.sampled.logps - stats.answers.reference_tokens, 0.0)
-        return {f"policy/{name}": value for name, value in self._losses(stats)[1].items()} | {"policy/kl": jnp.mean(jnp.sum(gap, axis=-1), axis=-1)}
+        gap = jnp.where(mask, drawn_logps(stats) - stats.answers.reference_tokens, 0.0)
+        out = {f"policy/{name}": value for name, value in self._losses(stats)[1].items()}
+        return out | {"policy/kl_of_answers": jnp.mean(jnp.sum(gap, axis=-1), axis=-1)}
 
     def _losses(self, stats: BranchStats) -> tuple[PerToken, dict[str, PerPair]]:
         mask = stats.answers.token_weight > 0
@@ -72,7 +74,7 @@ class ProximalPolicy(Term):
             found = token_losses(logps, old, advantages, mask, kind="bnpo", clip_low=self.clip, clip_high=self.clip)
             return found.loss, found.metrics
 
-        return jax.vmap(of_row)(stats.answers.policy_tokens, stats.sampled.logps, advantages, mask)
+        return jax.vmap(of_row)(stats.answers.policy_tokens, drawn_logps(stats), advantages, mask)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,7 +70,8 @@ def plan_answers(policy: Pretrained, records: Records, config: Config, *, answer
 
     Raises:
       DataError: a row that does not fit, see `plan_rows`.
-      UserError: several processes, a scorer that is wrong, or answers that may come to more positions than the model has.
+      UserError: several processes, scorers that are wrong or know nothing of a record, or answers that may come to more positions than the
+        model has.
     """
     check_one_process()
     samples, processor = config.samples, policy.processor
@@ -81,9 +82,20 @@ def plan_answers(policy: Pretrained, records: Records, config: Config, *, answer
             f"config.samples.max_tokens: with prompts of {prompts.prefix_slots} tokens answers may come to {longest} positions, the model was made "
             f"for {prompts.max_positions}"
         )
-    scorers = parse(samples.scorers, Truth(_mentions(config), samples.max_tokens))
+    scorers = scorers_of(config)
+    for index in dict.fromkeys(plan.items[:, 0].tolist()):
+        scorers.check(records[index])
     sampler = OwnAnswers(policy.model, processor, policy.mesh, samples, prompts, rows)
     return Answerer(processor, sampler, scorers, prompts), plan
+
+
+def scorers_of(config: Config) -> Scorers:
+    """What `config.samples` says that an answer is worth.
+
+    Raises:
+      UserError: a scorer is written wrongly, or lacks its table.
+    """
+    return parse(config.samples.scorers, Truth(_mentions(config), config.samples.max_tokens))
 
 
 def _mentions(config: Config) -> Mentions | None:
@@ -95,19 +107,17 @@ def _mentions(config: Config) -> Mentions | None:
 
 def summary(answered: Sequence[Answered]) -> dict[str, float]:
     """Means over the answers: `samples/score`, `samples/score_NAME` of each scorer where it says something, `samples/length` (tokens),
-    `samples/finished`, `samples/no_verdict`."""
+    `samples/finished`."""
     scored = [scored for each in answered for scored in each.scored]
     if not scored:
         return {}
     answers = [one for each in answered for one in each.answers]
-    totals: dict[str, list[float]] = {"samples/score": [one.total for one in scored if one.total is not None]}
+    totals: dict[str, list[float]] = {"samples/score": [one.total for one in scored]}
     for one in scored:
         for name, value in one.parts.items():
-            if value is not None:
-                totals.setdefault(f"samples/score_{name}", []).append(value)
-    out = {name: statistics.fmean(values) for name, values in totals.items() if values}
+            totals.setdefault(f"samples/score_{name}", []).append(value)
+    out = {name: statistics.fmean(values) for name, values in totals.items()}
     return out | {
         "samples/length": statistics.fmean(len(one.tokens) for one in answers),
         "samples/finished": statistics.fmean(one.finished for one in answers),
-        "samples/no_verdict": statistics.fmean(one.total is None for one in scored),
     }

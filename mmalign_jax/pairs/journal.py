@@ -85,6 +85,8 @@ class Journal:
                 if number == 0 and value != self._identity:
                     break
                 if number:
+                    if not isinstance(value, dict) or value.keys() != {"pairs", "statistics"}:
+                        break
                     self.statistics = value["statistics"]
                     self._done = number
                 length += len(line)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt, UInt8
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import PairsConfig
+from mmalign_jax.data.buckets import ladder
 from mmalign_jax.data.device import to_device
 from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out_pictures, lay_out_tokens, stack_rows
 from mmalign_jax.hf.processor import Processor
@@ -104,7 +105,7 @@ class FeaturePool:
 
 
 class MaskedDecoder:
-    """Runs jobs, a device batch at a time. Batches have few shapes: their prefixes shrink to a few lengths (`_lengths`).
+    """Runs jobs, a device batch at a time. Batches have few shapes: their prefixes shrink to a few lengths (`buckets.ladder`).
 
     Args:
       layout: of rows with one answer (the context), or with none when all lanes start behind the prompt.
@@ -157,7 +158,7 @@ class MaskedDecoder:
             mask_key, sample_key = jax.random.split(jax.random.key(seed))
             visible, most = _visible(batch, start, mask_key, number, self._rho_th)
             # what image tokens still see of each other has to be computed
-            slots = None if self._whole else next(length for length in _lengths(self._layout.prefix_slots) if length >= int(most))
+            slots = None if self._whole else next(length for length in ladder(self._layout.prefix_slots) if length >= int(most))
             complete = functools.partial(_complete, self._model, self._options, slots)
             samples = jax.device_get(complete(params, features, place, batch, visible, start, number, sample_key))
 
@@ -165,14 +166,6 @@ class MaskedDecoder:
             return Written(samples.tokens[row, lane, : samples.lengths[row, lane]], bool(samples.stopped[row, lane]))
 
         return [{lane: written(index, lane) for lane in job.lanes} for index, job in enumerate(jobs)]
-
-
-def _lengths(slots: int) -> list[int]:
-    """Lengths that a prefix of `slots` slots may shrink to, shortest first: each about three quarters of the next, in eights."""
-    out = [slots]
-    while out[0] > 32:
-        out.insert(0, -(-3 * out[0] // 32) * 8)
-    return out
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

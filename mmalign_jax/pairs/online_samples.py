@@ -20,8 +20,8 @@ from mmalign_jax.types import PairBatch, Preference, PreferenceRecord, Sampled, 
 class GroupBatches:
     """Every row is a prompt with all answers that were drawn to it, and their rewards: what policy gradients learn from.
 
-    The answers' tokens are trained on as they were drawn, without a way through their texts. An answer without a verdict does not count, nor,
-    without `config.unfinished`, one that ran out of tokens.
+    The answers' tokens are trained on as they were drawn, without a way through their texts. Without `config.unfinished` the tokens of an answer
+    that ran out of them do not count; its reward is compared with the others' all the same.
 
     Args:
       plan: rows without answers (K = 0).
@@ -51,20 +51,13 @@ class GroupBatches:
         self._order.set_state(state)
 
     def _row(self, group: Answered, layout: RowLayout) -> dict[str, Any]:
-        count = layout.answers
         row = _row(group.prompt, group.answers)
         out = {**lay_out_tokens(group.prompt.record, None, self._answerer.processor, layout, row), **group.prompt.pictures}
-        logps, counts = np.zeros((count, layout.answer_slots), np.float32), np.zeros(count, bool)
-        known = [scored.total for scored in group.scored if scored.total is not None]
-        # in the middle of the others, so that they are compared as if it were not there
-        rewards = np.full(count, np.mean(known) if known else 0.0, np.float32)
-        for number, (answer, scored) in enumerate(zip(group.answers, group.scored, strict=True)):
-            logps[number, : len(answer.logps)] = answer.logps
-            counts[number] = scored.total is not None and (answer.finished or self._config.unfinished)
-            rewards[number] = rewards[number] if scored.total is None else scored.total
+        counts = [answer.finished or self._config.unfinished for answer in group.answers]
         out["token_weight"][layout.prefix_slots :] *= np.repeat(counts, layout.answer_slots)
-        sampled = Sampled(rewards=rewards, logps=logps, row_tokens=np.float32(0), limit=np.float32(self._config.max_tokens))
-        return {**out, "sampled": sampled}
+        rewards = np.array([scored.total for scored in group.scored], np.float32)
+        sampled = Sampled(rewards, row_tokens=np.float32(0), limit=np.float32(self._config.max_tokens))
+        return {**out, "sampled": sampled, "drawn_logps": _drawn([one.logps for one in group.answers], layout)}
 
 
 class PairBatches:
@@ -131,13 +124,8 @@ class PairBatches:
         return _Pair(record, pair, _row(prompt, chosen), prompt.pictures, [one.logps for one in chosen])
 
     def _laid_out(self, pair: "_Pair", layout: RowLayout) -> dict[str, Any]:
-        logps = np.full((layout.answers, layout.answer_slots), np.nan, np.float32)
-        for number, known in enumerate(pair.logps):
-            logps[number, : len(known)] = known
-        unknown, limit = np.full(layout.answers, np.nan, np.float32), np.float32(self._config.max_tokens)
-        sampled = Sampled(rewards=unknown, logps=logps, row_tokens=np.float32(np.nan), limit=limit)
         tokens = lay_out_tokens(pair.record, pair.preference, self._answerer.processor, layout, pair.row)
-        return {**tokens, **pair.pictures, "sampled": sampled}
+        return {**tokens, **pair.pictures, "drawn_logps": _drawn(pair.logps, layout)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,3 +142,12 @@ class _Pair:
 def _row(prompt: Prompt, answers: Iterable[Own]) -> RowTokens:
     """A prompt's row with answers that are tokens already."""
     return dataclasses.replace(prompt.row, answers=tuple((one.tokens, np.ones(len(one.tokens), bool)) for one in answers))
+
+
+def _drawn(logps: Sequence[np.ndarray], layout: RowLayout) -> np.ndarray:
+    """The log-probs of each answer in their slots of a row, NaN elsewhere."""
+    out = np.full(layout.tokens, np.nan, np.float32)
+    for number, known in enumerate(logps):
+        start = layout.prefix_slots + number * layout.answer_slots
+        out[start : start + len(known)] = known
+    return out

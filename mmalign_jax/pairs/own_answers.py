@@ -52,6 +52,9 @@ class OwnAnswers:
     Args:
       layout: of the prompts (K = 0).
       rows: prompts of a device batch.
+
+    Raises:
+      UserError: a stop string holds a special token, which ends an answer, or is never drawn, by itself.
     """
 
     def __init__(self, model: Mllm, processor: Processor, mesh: Mesh, config: SamplesConfig, layout: RowLayout, rows: int):
@@ -59,6 +62,8 @@ class OwnAnswers:
             raise ValueError("answers are drawn behind prompts, rows without answers")
         self._processor, self._mesh, self._layout, self._seed = processor, mesh, layout, config.seed
         self._rows = mesh_lib.batch_rows(mesh, rows)
+        for text in config.stop_strings:
+            processor.check_plain(text)
         options = DecodeOptions(
             config.max_tokens,
             temperature=config.temperature,

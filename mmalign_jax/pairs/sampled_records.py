@@ -6,6 +6,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 from mmalign_jax.config import SamplesConfig
+from mmalign_jax.data.validate import TAGS
+from mmalign_jax.errors import UserError
+from mmalign_jax.hf.processor import Processor
 from mmalign_jax.pairs import selectors
 from mmalign_jax.pairs.answers import Answered, Answerer
 from mmalign_jax.pairs.selectors import REFERENCE, Candidate, Filters
@@ -22,8 +25,8 @@ class SampleStatistics:
       unchanged: records that gave none.
       unfinished: answers that ran out of tokens.
       answers: that were drawn.
-      score: sum of what the answers are worth, where there was a verdict.
-      refused: reason -> pairs (or answers, without a verdict) that were refused.
+      score: sum of what the answers are worth.
+      refused: reason -> answers, or pairs of them, that were refused.
     """
 
     records: int = 0
@@ -51,7 +54,7 @@ class SampleStatistics:
             unchanged=self.unchanged + (pairs == 0),
             unfinished=self.unfinished + sum(not one.finished for one in answered.answers),
             answers=self.answers + len(answered.answers),
-            score=self.score + sum(one.total for one in answered.scored if one.total is not None),
+            score=self.score + sum(one.total for one in answered.scored),
             refused=dict(sorted((collections.Counter(self.refused) + collections.Counter(refused)).items())),
         )
 
@@ -61,25 +64,42 @@ def sampled_pairs(
 ) -> Iterator[tuple[list[PreferenceRecord], SampleStatistics]]:
     """Yields, for every record, its preference record, if it gave pairs, and the counts so far.
 
-    A record's responses are then the answers that were drawn (source "policy", with their scores), and behind them the reference where the
-    selector reads it. A record's answers depend on it and the seed alone.
+    A record's responses are then the answers that were drawn (source "policy", with their scores), but for those that no record can hold: they
+    ran out of tokens, so that an end token behind them would be a lie, or their text cannot be read back. The reference stands behind them
+    where the selector reads it. A record's answers depend on it and the seed alone.
     """
     selector = selectors.parse(config.selector, "config.samples.selector")
     filters = Filters(gap=config.gap, length_ratio=config.length_ratio, unfinished=config.unfinished)
     for chunk in _batched(records, config.batch_size):
         for answered in answerer(params, chunk, draw=0):
-            record, candidates = answered.prompt.record, answered.candidates()
+            record, drawn, left_out = answered.prompt.record, answered.candidates(), collections.Counter()
+            candidates = []
+            for one in drawn:
+                if reason := _unusable(one, answerer.processor):
+                    left_out[reason] += 1
+                else:
+                    candidates.append(one)
             if selector.reads_reference:
                 reference = record.responses[record.prefs[0].win if record.prefs else 0]
                 candidates.append(Candidate(reference.text, REFERENCE))
             selection = selector(candidates, filters)
-            statistics = statistics.plus(answered, len(selection.pairs), selection.refused)
+            statistics = statistics.plus(answered, len(selection.pairs), collections.Counter(selection.refused) + left_out)
             responses = tuple(Response(one.text, source=one.source, score=one.score) for one in candidates)
-            drawn = {"seed": config.seed, "temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
-            scores = [dict(one.parts) for one in answered.scored]
-            meta = {**record.meta, "samples": {**drawn, "scorers": list(config.scorers), "selector": config.selector, "scores": scores}}
+            made = {name: getattr(config, name) for name in ("seed", "temperature", "top_p", "top_k", "selector")}
+            meta = {**record.meta, "samples": {**made, "scorers": list(config.scorers)}}
             changed = dataclasses.replace(record, responses=responses, prefs=selection.pairs, prefix="", complete=True, meta=meta)
             yield [changed] if selection.pairs else [], statistics
+
+
+def _unusable(answer: Candidate, processor: Processor) -> str:
+    """Why an answer cannot stand in a record, "" when it can."""
+    if not answer.finished:
+        return "out of tokens"
+    try:
+        processor.answer(answer.text)
+    except UserError:
+        return "unreadable"
+    return "unreadable" if any(tag in answer.text for tag in TAGS.values()) else ""
 
 
 def _batched(records: Iterable[PreferenceRecord], size: int) -> Iterator[tuple[PreferenceRecord, ...]]:

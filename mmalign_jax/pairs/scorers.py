@@ -1,6 +1,6 @@
 """What an answer is worth. Scorers by name, added up: `("objects", "yes_no", "missing_end(-1)")`.
 
-Every one has a weight as its first argument. A score is None when there is no verdict, and then so is the sum.
+Every one has a weight as its first argument.
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ class Rule:
 class Scored:
     """The weighted sum of an answer's scores, and each of them by the scorer's name, unweighted."""
 
-    total: float | None
-    parts: Mapping[str, float | None]
+    total: float
+    parts: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,24 +61,28 @@ class Scorers:
     truth: Truth
 
     def __call__(self, records: Sequence[PreferenceRecord], answers: Sequence[Sequence[Candidate]]) -> list[list[Scored]]:
-        """What each of the answers to each record is worth.
-
-        Raises:
-          UserError: none of the scorers knows a record, or one lacks what it looks up.
-        """
+        """What each of the answers to each record is worth; `check` has found nothing wrong with the records."""
         return [[self._score(record, one) for one in each] for record, each in zip(records, answers, strict=True)]
 
     def _score(self, record: PreferenceRecord, answer: Candidate) -> Scored:
-        total, parts, known = 0.0, {}, False
+        total, parts = 0.0, {}
         for name, weight, arguments in self.rules:
             rule = _RULES[name]
             if rule.knows is None or rule.knows(record):
-                known |= rule.knows is not None
                 parts[name] = rule.function(record, answer, self.truth, **arguments)
                 total += weight * parts[name]
+        return Scored(total, parts)
+
+    def check(self, record: PreferenceRecord) -> None:
+        """Raises UserError where none of the scorers says what is true of a record, or one cannot read what the record says."""
+        known = [name for name, _, _ in self.rules if _RULES[name].knows is not None and _RULES[name].knows(record)]
         if not known:
             raise UserError(f"config.samples.scorers: none of {', '.join(name for name, _, _ in self.rules)} says what is true of record {record.id}")
-        return Scored(total, parts)
+        if "objects" in known:
+            try:
+                _shown(record, self.truth)
+            except UserError as error:
+                raise UserError(f"record {record.id}: {error}") from error
 
 
 def parse(texts: Sequence[str], truth: Truth, where: str = "config.samples.scorers") -> Scorers:
@@ -142,10 +146,22 @@ def objects(record: PreferenceRecord, answer: Candidate, truth: Truth, wrong: fl
 
     What is there is the record's `meta["objects"]`: names, or mappings with a `kind`.
     """
-    listed = record.meta["objects"]
-    there = {truth.mentions.kind(one["kind"] if isinstance(one, Mapping) else one) for one in listed}
+    there = _shown(record, truth)
     named = [mention.kind for mention in truth.mentions(answer.text)]
     return (len(there & set(named)) - wrong * sum(kind not in there for kind in named)) / max(len(there), 1)
+
+
+def _shown(record: PreferenceRecord, truth: Truth) -> set[str]:
+    """The kinds of `meta["objects"]`.
+
+    Raises:
+      UserError: it is of another form, or names what the table does not know.
+    """
+    listed = record.meta["objects"]
+    names = [one.get("kind") if isinstance(one, Mapping) else one for one in listed] if isinstance(listed, (list, tuple)) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError('meta["objects"] is a list of names, or of mappings with a "kind"')
+    return {truth.mentions.kind(name) for name in names}
 
 
 def length(record: PreferenceRecord, answer: Candidate, truth: Truth) -> float:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from mmalign_jax import mesh
 from mmalign_jax.models.mllm import Mllm, Prefill
 from mmalign_jax.sampling.stop_strings import StopStrings
 from mmalign_jax.types import PREFIX, PairBatch
@@ -27,7 +28,7 @@ class DecodeOptions:
       top_p: draws from the smallest set of tokens that holds this much probability (arXiv 1904.09751), of what `top_k` leaves.
       stop_ids: a lane ends with the first of these (end of sequence; for BDHS also the tokens that end a sentence).
       banned_ids: never generated (image and other special tokens).
-      stop_strings: a lane also ends with the token that completes one of them; see `stop_strings.automata`.
+      stop_strings: a lane also ends with the token that completes one of them; see `stop_strings.automaton`.
     """
 
     max_new_tokens: int
@@ -99,19 +100,17 @@ def decode_lanes(
     """
     rows, lanes = start.slot.shape
     view, first_position, first_turning = model.lane_view(batch, start.slot, visible)
-    vocabulary = model.config.decoder.vocab_size
-    stops = jnp.zeros(vocabulary, bool).at[jnp.array(options.stop_ids, jnp.int32)].set(True)
-    banned = jnp.zeros(vocabulary, bool).at[jnp.array(options.banned_ids, jnp.int32)].set(True)
+    marks = Marks.of(options, model.config.decoder.vocab_size)
 
     def body(carry):
         step, hidden, tail, tokens, logps, lengths, done, stopped, read = carry
         logits = model.logits(params, hidden)
-        chosen = draw_tokens(jnp.where(banned, -jnp.inf, logits), keys, step, options)
+        chosen = marks.draw(logits, keys, step, options)
         here = (jnp.arange(options.max_new_tokens) == step) & ~done[..., None]
         tokens = jnp.where(here, chosen[..., None], tokens)
         logps = jnp.where(here, _logp(logits, chosen)[..., None], logps)
         lengths = lengths + ~done
-        ends = stops.at[chosen].get(out_sharding=_like(chosen))
+        ends = marks.stop(chosen)
         if options.stop_strings is not None:
             read, complete = options.stop_strings.step(read, chosen)
             ends |= complete
@@ -133,8 +132,29 @@ def decode_lanes(
     return Samples(tokens=carry[3], lengths=carry[5], logps=carry[4], stopped=carry[7])
 
 
-def _like(x: Array):
-    return jax.typeof(x).sharding if not jax.sharding.get_abstract_mesh().empty else None
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """Which tokens end a lane, and which are never written."""
+
+    stops: Bool[Array, " V"]
+    banned: Bool[Array, " V"]
+
+    @classmethod
+    def of(cls, options: DecodeOptions, vocabulary: int) -> "Marks":
+        none = jnp.zeros(vocabulary, bool)
+        return cls(*(none.at[jnp.array(ids, jnp.int32)].set(True) for ids in (options.stop_ids, options.banned_ids)))
+
+    def stop(self, tokens: Int[Array, "*b"]) -> Bool[Array, "*b"]:
+        """Whether a token ends its lane."""
+        sharding = jax.typeof(tokens).sharding if mesh.active() else None
+        return self.stops.at[tokens].get(out_sharding=sharding)
+
+    def draw(
+        self, logits: Float[Array, "B S V"], keys: Array, step: Int[Array, ""] | Int[Array, "B S"], options: DecodeOptions
+    ) -> Int[Array, "B S"]:
+        """A token of each lane, drawn under its key (`lane_keys`) for the token's number in the lane, `step`."""
+        return _draw(jnp.where(self.banned, -jnp.inf, logits), keys, step, options)
 
 
 def _logp(logits: Float[Array, "B S V"], chosen: Int[Array, "B S"]) -> Float[Array, "B S"]:
@@ -142,10 +162,7 @@ def _logp(logits: Float[Array, "B S V"], chosen: Int[Array, "B S"]) -> Float[Arr
     return label - jax.nn.logsumexp(logits, axis=-1)
 
 
-def draw_tokens(
-    logits: Float[Array, "B S V"], keys: Array, step: Int[Array, ""] | Int[Array, "B S"], options: DecodeOptions
-) -> Int[Array, "B S"]:
-    """A token of each lane, drawn under its key (`lane_keys`) for the token's number in the lane, `step`."""
+def _draw(logits: Float[Array, "B S V"], keys: Array, step: Int[Array, ""] | Int[Array, "B S"], options: DecodeOptions) -> Int[Array, "B S"]:
     if options.temperature == 0.0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / options.temperature

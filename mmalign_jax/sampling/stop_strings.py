@@ -1,7 +1,8 @@
 """Strings that end an answer, found while it is written, also where they begin and end inside of tokens.
 
 A string is matched by an automaton over characters (Aho and Corasick, 1975): its state is the longest beginning of a stop string that the
-text so far ends with. What a token's characters do to each state is worked out once, so that a step of decoding is one look-up.
+text so far ends with. What a token's characters do to each state is worked out once, so that a step of decoding is one look-up. Characters
+that a vocabulary spells with several tokens, a byte each, are not found.
 """
 
 import collections

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Int
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.models.mllm import LaneView, Mllm, Prefill
-from mmalign_jax.sampling.decode import DecodeOptions, LaneStart, draw_tokens
+from mmalign_jax.sampling.decode import DecodeOptions, LaneStart, Marks
 from mmalign_jax.types import PairBatch
 
 _FEWEST = 4  # rows; a step of fewer takes no less time
@@ -75,7 +75,7 @@ def decode_in_turn(
         raise ValueError("lanes that take turns know no stop strings")
     rows, lanes = start.slot.shape
     view, position, turning = model.lane_view(batch, start.slot, visible)
-    marks = _Marks.of(options, model.config.decoder.vocab_size)
+    marks = Marks.of(options, model.config.decoder.vocab_size)
 
     def first_of(slot: Int[Array, " B"], keys: Array) -> Int[Array, " B"]:
         hidden = _at(prefill.hidden, slot)[:, None]
@@ -120,7 +120,7 @@ def _sizes(rows: int) -> tuple[int, ...]:
 
 
 def _run(
-    model: Mllm, params: dict, marks: "_Marks", options: DecodeOptions, cache: Any, tail: Any, state: _State, known: _Lanes,
+    model: Mllm, params: dict, marks: Marks, options: DecodeOptions, cache: Any, tail: Any, state: _State, known: _Lanes,
     positions: Int[Array, "B T"], smaller: int,
 ) -> tuple[_State, Any]:  # fmt: skip
     """Steps until no more than `smaller` rows have something to do."""
@@ -150,27 +150,6 @@ def _run(
         return _State(lane, token, jnp.where(over, 0, at), written), tail
 
     return jax.lax.while_loop(going, step, (state, tail))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Marks:
-    """Which tokens end a lane, and which are never written."""
-
-    stops: Bool[Array, " V"]
-    banned: Bool[Array, " V"]
-
-    @classmethod
-    def of(cls, options: DecodeOptions, vocabulary: int) -> "_Marks":
-        none = jnp.zeros(vocabulary, bool)
-        return cls(*(none.at[jnp.array(ids, jnp.int32)].set(True) for ids in (options.stop_ids, options.banned_ids)))
-
-    def stop(self, tokens: Int[Array, "*b"]) -> Bool[Array, "*b"]:
-        sharding = jax.typeof(tokens).sharding if not jax.sharding.get_abstract_mesh().empty else None
-        return self.stops.at[tokens].get(out_sharding=sharding)
-
-    def draw(self, logits: Array, keys: Array, step: Int[Array, "B S"], options: DecodeOptions) -> Int[Array, "B S"]:
-        return draw_tokens(jnp.where(self.banned, -jnp.inf, logits), keys, step, options)
 
 
 def _whole(x: Array) -> Array:

@@ -21,7 +21,7 @@ BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<pad>"
 SPECIAL_TOKENS = (UNK, BOS, EOS, PAD, IMAGE_TOKEN)  # ids 0 to 4
 
 _COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
-_SPACE = "▁"
+SPACE = "▁"
 
 # LLaVA-1.5's layout: images first, then the text; an answer ends with </s>.
 CHAT_TEMPLATE = """\
@@ -92,28 +92,41 @@ def vocabulary() -> tuple[str, ...]:
     """Every token, in the order of the ids."""
     marks = [word for word in words() if not word[0].isalnum()]
     after_newline = [word for word in words() if word[0].isalnum() and word[0].isupper()]
-    spaced = [_SPACE + word for word in words() if word[0].isalnum()]
-    return (*SPECIAL_TOKENS, _SPACE, *marks, *spaced, *after_newline)
+    spaced = [SPACE + word for word in words() if word[0].isalnum()]
+    return (*SPECIAL_TOKENS, SPACE, *marks, *spaced, *after_newline)
 
 
 def build_tokenizer(directory: str | os.PathLike) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json` of the language into an existing directory.
 
-    One token a word. As in LLaMA's tokenizer a word carries the space before it, so a text that starts with a word and the same
-    text after a space have the same tokens, and decoding gives the text back.
+    One token a word, or punctuation mark; see `write_word_tokenizer`.
     """
-    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK))
+    write_word_tokenizer(directory, vocabulary(), apart=r"[.,?\n]", longest=256)
+
+
+def write_word_tokenizer(directory: str | os.PathLike, tokens: Sequence[str], *, apart: str, longest: int) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json` with one token a word, and the template of LLaVA-1.5.
+
+    As in LLaMA's tokenizer a word carries the space before it, so a text that starts with a word and the same text after a space have the
+    same tokens, and decoding gives the text back.
+
+    Args:
+      tokens: the vocabulary, in the order of the ids; the first are `SPECIAL_TOKENS`.
+      apart: pattern of what is a token of its own.
+      longest: most tokens of a text, as the files state it.
+    """
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(tokens)}, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="first"),
-        pre_tokenizers.Split(tokenizers.Regex(r"[.,?\n]"), behavior="isolated"),
+        pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first"),
+        pre_tokenizers.Split(tokenizers.Regex(apart), behavior="isolated"),
     ])  # fmt: skip
-    tokenizer.decoder = decoders.Metaspace(replacement=_SPACE, prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="first")
     bos = (BOS, SPECIAL_TOKENS.index(BOS))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos])
     tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD,
-        "additional_special_tokens": [IMAGE_TOKEN], "image_token": IMAGE_TOKEN, "padding_side": "left", "model_max_length": 256,
+        "additional_special_tokens": [IMAGE_TOKEN], "image_token": IMAGE_TOKEN, "padding_side": "left", "model_max_length": longest,
         "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
     }  # fmt: skip
     out = pathlib.Path(directory)

@@ -173,7 +173,7 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, objective: lo
         other_images=array((tiles, side, side, 3), jnp.uint8) if other else None,
         reference_logps=array(row, jnp.float32) if cached else None,
         reference_other_logps=array((objective.other_answers * answer,), jnp.float32) if cached and objective.other_answers else None,
-        sampled=Sampled(*(array(shape, jnp.float32) for shape in ((answers,), (answers, answer), (), ()))) if sampled else None,
+        sampled=Sampled(*(array(shape, jnp.float32) for shape in ((answers,), (), ()))) if sampled else None,
     )
     one_answer = {"changed": None, "other_images": None, "reference_logps": None, "reference_other_logps": None}
     auxiliary = dataclasses.replace(batch.first_answers(1), **one_answer) if Need.AUXILIARY in objective.needs else None

@@ -160,10 +160,12 @@ class _Run:
         self.console.line(f"Training from step {start} to {steps}; the first step compiles")
         began, since, waited, flops, in_flight = time.monotonic(), start, 0.0, 0.0, None
         shapes: set[tuple[tuple[int, ...], ...]] = set()
+        compared = False  # what the sampler computed with what training does
         for number in range(start, steps):
             asked = time.monotonic()
             batch, made = self.batches.next_batch(union(state.params, state.frozen))
             waited += time.monotonic() - asked
+            drawn, batch = batch, dataclasses.replace(batch, drawn_logps=None)
             shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
             flops += self._flops(batch)
             if shapes and shape not in shapes:
@@ -173,8 +175,9 @@ class _Run:
             extra = measures.before(number, state, reference, device_batch)
             if number == 0 and batch.reference_logps is not None and (problem := in_words(largest_log_ratio(self.loss, state, device_batch))):
                 self.console.line(f"WARNING: {problem}")
-            if number == 0 and batch.sampled is not None:
-                check_samples(self.loss, state, device_batch)
+            if not compared and drawn.drawn_logps is not None and not np.isnan(drawn.drawn_logps).all():
+                check_samples(self.loss, state, to_device(drawn, self.mesh))
+                compared = True
             state, metrics = self.step(state, reference, device_batch)
             # the step before has ended by now: looking at it does not hold the device up
             if in_flight is not None:

@@ -71,14 +71,22 @@ class LossFunction:
         own = batch.answers == self.objective.answers
         return with_mismatched(batch) if Need.MISMATCHED in self.objective.needs and own else batch
 
-    def with_values(self, params: dict, frozen: dict, batch: PairBatch) -> PairBatch:
-        """The rows `[A, B]` of samples with what the score head of the policy that drew them says before each token."""
+    def with_drawn(self, params: dict, frozen: dict, batch: PairBatch) -> PairBatch:
+        """The rows `[A, B]` of samples with log-probs, and values where the objective reads them, by the policy that drew them.
+
+        Not the sampler's log-probs: in bfloat16 they are others, and the first update's ratios would not be 1.
+        """
         side = Side(self.model, union(params, frozen))
 
-        def of(some: PairBatch) -> Array:
-            return score_head.before_tokens(side.model.scores(side.params, side.hidden(side.tower(some), some)), some)
+        def of(some: PairBatch) -> tuple[Array, Array | None]:
+            hidden = side.hidden(side.tower(some), some)
+            values = None
+            if Need.VALUES in self.objective.needs:
+                values = score_head.before_tokens(side.model.scores(side.params, hidden), some)
+            return side.tokens(hidden, some).logps, values
 
-        return dataclasses.replace(batch, sampled=dataclasses.replace(batch.sampled, values=jax.lax.map(of, batch)))
+        logps, values = jax.lax.map(of, batch)
+        return dataclasses.replace(batch, sampled=dataclasses.replace(batch.sampled, logps=logps, values=values))
 
     def statistics(
         self, params: dict, frozen: dict, reference: dict | None, batch: PairBatch, key: Array, moment: Moment | None = None

@@ -45,6 +45,8 @@ class Reference:
                 raise UserError(f"config.reference.kind: {objective.name} compares with no reference; leave it at auto")
             return cls("none", _nothing)
         if kind == "none":
+            if objective.of_samples:
+                raise UserError(f"config.reference.kind: {objective.name} takes a divergence from the reference; set its weight to 0 to go without")
             if Need.KL in objective.needs:
                 raise UserError(f"config.reference.kind: {objective.name} reads the divergence from the reference; it cannot do without one")
             return cls("none", _nothing, free=True)

@@ -74,8 +74,8 @@ def make_train_step(
         epoch = state.step * (parts * rows) // rows_per_epoch if rows_per_epoch else jnp.int32(0)
         reference = state.reference if follow is not None else reference
         prepared = loss.prepared(batch)
-        if updates > 1 and {Need.SAMPLED, Need.VALUES} <= loss.objective.needs:
-            prepared = loss.with_values(state.params, state.frozen, prepared)
+        if updates > 1 and Need.SAMPLED in loss.objective.needs:
+            prepared = loss.with_drawn(state.params, state.frozen, prepared)
 
         def update(carry: tuple[dict, optax.OptState, dict], _: None) -> tuple[tuple[dict, optax.OptState, dict], Metrics]:
             params, opt_state, carried = carry

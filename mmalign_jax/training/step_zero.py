@@ -40,10 +40,7 @@ def in_words(apart: float) -> str:
 
 
 def check_samples(loss: LossFunction, state: TrainState, batch: PairBatch) -> None:
-    """Raises UserError where tokens of rows `[A, B]` had other log-probs when they were sampled than they have now, by the same policy.
-
-    A policy gradient between two that differ by more than rounding is one of something else. Log-probs that are not known are NaN.
-    """
+    """Raises UserError where tokens of rows `[A, B]` had other log-probs when they were drawn than they have now, by the same policy."""
 
     @jax.jit
     def largest(params: dict, frozen: dict, batch: PairBatch) -> Array:
@@ -51,14 +48,15 @@ def check_samples(loss: LossFunction, state: TrainState, batch: PairBatch) -> No
 
         def of(some: PairBatch) -> Array:
             found = side.tokens(side.hidden(side.tower(some), some), some)
-            apart = jnp.abs(found.logps - some.sampled.logps) / (1 + jnp.abs(found.logps))
-            return jnp.max(jnp.where(found.mask & ~jnp.isnan(some.sampled.logps), apart, 0.0))
+            drawn = some.by_answer(some.drawn_logps)
+            apart = jnp.abs(found.logps - drawn) / (1 + jnp.abs(found.logps))
+            return jnp.max(jnp.where(found.mask & ~jnp.isnan(drawn), apart, 0.0))
 
         return jnp.max(jax.lax.map(of, batch))
 
     apart, most = float(largest(state.params, state.frozen, batch)), MOST_OF_A_TOKEN[loss.model.dtype]
     if not apart <= most:
         raise UserError(
-            f"before the first step, the log-probs of sampled tokens and the same tokens' in training are {apart:.2g} (1 + nats) apart, more than "
+            f"the log-probs of sampled tokens and the same tokens' in training are {apart:.2g} (1 + nats) apart, more than "
             f"{most:g}: the sampler does not compute the policy that is trained. This is a defect; please report it with the model's config.json"
         )

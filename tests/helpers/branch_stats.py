@@ -82,7 +82,7 @@ def random_stats(objective: Objective, *, rows: int = 4, slots: int = 3, seed: i
         inside = answers.token_weight > 0
         logps = jnp.where(inside, answers.policy_tokens + real(*inside.shape, low=-0.4, high=0.4), 0.0)
         total = jnp.broadcast_to(jnp.sum(answers.lengths) / rows, (rows,)).astype(dtype)
-        return Sampled(real(*inside.shape[:2]), logps, total, jnp.full(rows, 8.0, dtype))
+        return Sampled(real(*inside.shape[:2]), total, jnp.full(rows, 8.0, dtype), logps)
 
     def values() -> jax.Array:
         count = answers.lengths.shape[1]

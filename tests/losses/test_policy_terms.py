@@ -62,8 +62,9 @@ def test_the_mean_over_rows_is_the_loss_of_all_samples(name, hyperparameters, se
 def test_better_samples_get_likelier(name):
     objective = losses.build(name)
     stats = random_stats(objective)
-    # as they were just sampled: no clip
-    stats = dataclasses.replace(stats, sampled=dataclasses.replace(stats.sampled, logps=stats.answers.policy_tokens))
+    # as they were just drawn: no clip
+    stats = dataclasses.replace(stats, sampled=dataclasses.replace(stats.sampled, logps=None))
+    assert objective(stats)[1]["policy/ratio"] == 1.0 and objective(stats)[1]["policy/clip_fraction"] == 0.0
     of = lambda tokens: jnp.mean(objective(dataclasses.replace(stats, answers=dataclasses.replace(stats.answers, policy_tokens=tokens)))[0])  # noqa: E731
     pull = -jnp.sum(jax.grad(of)(stats.answers.policy_tokens), axis=-1)
     best, worst = (np.asarray(pick(stats.sampled.rewards, axis=1)) for pick in (jnp.argmax, jnp.argmin))

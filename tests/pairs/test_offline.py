@@ -8,6 +8,7 @@ import shutil
 import threading
 
 import jax
+import numpy as np
 import pytest
 from helpers import checkpoints
 from helpers.tiny import record
@@ -15,13 +16,19 @@ from helpers.tiny import record
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import Config, DataConfig, PairsConfig, SamplesConfig
 from mmalign_jax.data import builder
+from mmalign_jax.data.bad_rows import place_of
 from mmalign_jax.data.sources.source import Source
+from mmalign_jax.data.validate import check_record
 from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.files import claimed
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs import offline
+from mmalign_jax.pairs.answers import Answered, Answerer
 from mmalign_jax.pairs.bdhs_records import Statistics
 from mmalign_jax.pairs.journal import Journal
+from mmalign_jax.pairs.own_answers import Own, Prompt
+from mmalign_jax.pairs.sampled_records import SampleStatistics, sampled_pairs
+from mmalign_jax.pairs.scorers import Scored
 from mmalign_jax.report.console import Console
 from mmalign_jax.types import Preference, Response
 
@@ -182,7 +189,7 @@ def test_an_interrupted_run_leaves_nothing_and_damaged_statistics_are_named(poli
 def test_a_killed_run_goes_on_with_the_record_that_it_was_at(policy, tmp_path, monkeypatch, maker):
     """Nothing is made twice, nothing is lost, and the counts are those of a run that was not killed."""
     scorers = {"scorers": ("objects(wrong=0.5)", "length(-0.1)"), "synonyms": str(tmp_path / "table.json")}
-    samples = SamplesConfig(count=2, max_tokens=6, batch_size=2, **scorers)
+    samples = SamplesConfig(count=3, max_tokens=6, batch_size=2, stop_strings=("e", "a"), **scorers)
     (tmp_path / "table.json").write_text(json.dumps({letter: [] for letter in "abcdef"}))
     config = dataclasses.replace(CONFIG, pairs=dataclasses.replace(PAIRS, maker=maker), samples=samples)
     records = prepared(tmp_path / "set", [dataclasses.replace(one, meta={"objects": ["a"]}) for one in RECORDS])
@@ -215,6 +222,25 @@ def test_a_killed_run_goes_on_with_the_record_that_it_was_at(policy, tmp_path, m
     with Journal(journal, "of these") as other:
         assert len(other) == 0
     assert not journal.exists()
+
+
+def test_answers_that_no_record_can_hold_are_left_out_and_counted(policy):
+    """Empty, spelling an image, or cut: they were drawn, and would stop the set, or be trained on as if they ended."""
+    one = dataclasses.replace(RECORDS[0], meta={"objects": ["a"]})
+    texts = [("A a.", True), ("", True), ("A <image> b.", True), ("b b a", False), ("b.", True)]
+    owns = [Own(np.zeros(2, np.int32), np.zeros(2, np.float32), text, finished) for text, finished in texts]
+    scored = [Scored(float(len(texts) - number), {}) for number in range(len(texts))]
+    answered = Answered(Prompt(one, None, {}), owns, scored)
+
+    class Answering(Answerer):
+        def __call__(self, params, records, draw):
+            return [answered for _ in records]
+
+    answering, config = Answering(policy.processor, None, None, None), SamplesConfig(scorers=("exact",))
+    (((made,), counts),) = sampled_pairs(answering, {}, [one], config, SampleStatistics())
+    assert [response.text for response in made.responses] == ["A a.", "b."] and made.prefs == (Preference(0, 1, margin=4.0),)
+    assert counts.refused == {"out of tokens": 1, "unreadable": 2} and (counts.pairs, counts.answers) == (1, 5)
+    check_record(made, place_of(made), max_pixels=1 << 20, max_bytes=1 << 20)
 
 
 def test_no_pair_at_all_and_several_processes(policy, tmp_path, monkeypatch):

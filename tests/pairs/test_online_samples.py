@@ -119,7 +119,7 @@ def test_a_group_is_a_prompt_with_its_samples_and_rewards(make, params, tiny):
     np.testing.assert_allclose(metrics["samples/score"], np.mean(totals), rtol=1e-5)
     np.testing.assert_allclose(metrics["samples/length"], np.mean(lengths))
     np.testing.assert_allclose(rows.sampled.row_tokens, np.sum(lengths) / 4)
-    assert set(metrics) >= {"samples/score_objects", "samples/score_length", "samples/finished"} and metrics["samples/no_verdict"] == 0
+    assert set(metrics) >= {"samples/score_objects", "samples/score_length", "samples/finished"}
 
 
 def plan_layout(tiny):
@@ -135,8 +135,8 @@ def test_samples_depend_on_seed_record_and_step_alone(make, params):
     other = make(GroupBatches, rows=4)  # device batches of another size
     other.set_state(saved)
     again, _ = other.next_batch(params)
-    np.testing.assert_allclose(again.sampled.logps, second.sampled.logps, atol=1e-5)
-    assert same(dataclasses.replace(again, sampled=None), dataclasses.replace(second, sampled=None))
+    np.testing.assert_allclose(again.drawn_logps, second.drawn_logps, atol=1e-5)
+    assert same(dataclasses.replace(again, drawn_logps=None), dataclasses.replace(second, drawn_logps=None))
     with pytest.raises(UserError, match="use a new --workdir"):
         other.set_state({**saved, "seed": 9})
 
@@ -148,6 +148,11 @@ def test_the_same_samples_on_eight_devices(make, params, tiny):
     eight, _ = make(GroupBatches, train=TrainConfig(batch_size=8, seed=3), rows=8, mesh=mesh).next_batch(tiny.sharded(mesh))
     np.testing.assert_array_equal(one.tokens, eight.tokens)
     np.testing.assert_allclose(one.sampled.rewards, eight.sampled.rewards, atol=1e-6)
+
+
+def test_a_special_token_is_no_stop_string(make):
+    with pytest.raises(UserError, match="special token"):
+        make(GroupBatches, dataclasses.replace(SAMPLES, stop_strings=("</s>",)))
 
 
 def test_unfinished_answers_may_be_left_out(make, params):
@@ -173,7 +178,7 @@ class Trained:
 
     def step(self, batch):
         with jax.set_mesh(MESH):
-            self.state, metrics = self.run(self.state, self.split[0], to_device(batch, MESH))
+            self.state, metrics = self.run(self.state, self.split[0], to_device(dataclasses.replace(batch, drawn_logps=None), MESH))
         return jax.device_get(metrics)
 
     def check(self, batch):
@@ -185,26 +190,27 @@ def test_training_computes_what_the_sampler_did(make, params, tiny):
     batch, _ = make(GroupBatches).next_batch(params)
     trained = Trained(tiny, params, "grpo")
     trained.check(batch)
-    wrong = dataclasses.replace(batch, sampled=dataclasses.replace(batch.sampled, logps=batch.sampled.logps - 1e-2))
+    wrong = dataclasses.replace(batch, drawn_logps=batch.drawn_logps - 1e-2)
     with pytest.raises(UserError, match="the sampler does not compute the policy that is trained"):
         trained.check(wrong)
     metrics = trained.step(batch)
-    np.testing.assert_allclose(metrics["policy/ratio"], 1.0, atol=1e-4)
+    assert metrics["policy/ratio"] == 1.0 and metrics["policy/clip_fraction"] == 0.0
     np.testing.assert_allclose(metrics["rewards/mean"], np.mean(batch.sampled.rewards), rtol=1e-5)
     assert metrics["grad_norm"] > 0 and abs(metrics["policy/kl"]) < 1e-6
-    # and again on the same samples, with the policy moved
-    assert trained.step(batch)["policy/ratio"] != 1.0
 
 
 @pytest.mark.nightly
 def test_two_updates_of_a_step_are_two_steps(make, params, tiny):
     batch, _ = make(GroupBatches).next_batch(params)
     once, twice = Trained(tiny, params, "dapo"), Trained(tiny, params, "dapo", updates=2)
-    metrics = [once.step(batch), once.step(batch)]
+    slots = (*batch.tokens.shape[:2], batch.answers, batch.answer_slots)
+    drawn = np.nan_to_num(batch.drawn_logps)[..., batch.prefix_slots :].reshape(slots)
+    given = dataclasses.replace(batch, sampled=dataclasses.replace(batch.sampled, logps=drawn))  # by the sampler, the same in float32
+    metrics = [once.step(given), once.step(given)]
     found = twice.step(batch)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), once.state.params, twice.state.params)
-    np.testing.assert_allclose(found["loss"], np.mean([one["loss"] for one in metrics]), rtol=1e-4, atol=1e-6)
-    assert int(twice.state.step) == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), once.state.params, twice.state.params)
+    np.testing.assert_allclose(found["loss"], np.mean([one["loss"] for one in metrics]), rtol=1e-3, atol=1e-5)
+    assert int(twice.state.step) == 1 and found["policy/ratio"] != 1.0
 
 
 def test_pairs_are_the_best_and_the_worst_answer(make, params, tiny):
@@ -233,7 +239,7 @@ def test_rows_may_be_the_sets_own_pairs(make, params, tiny):
     for _ in range(4):
         batch, metrics = batches.next_batch(params)
         rows = flat(batch)
-        own = np.isnan(rows.sampled.logps).all(axis=(1, 2))
+        own = np.isnan(rows.drawn_logps).all(axis=1)
         assert metrics["samples/offline"] == np.mean(own)
         shares += own.tolist()
         for row in np.flatnonzero(own):

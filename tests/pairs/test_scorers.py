@@ -72,7 +72,13 @@ def test_mistakes_are_named(texts, message):
 def test_what_cannot_be_judged_is_named():
     with pytest.raises(UserError, match="config.samples.synonyms: the scorer objects looks words up"):
         scorers.parse(["objects"], scorers.Truth())
-    with pytest.raises(UserError, match="none of yes_no, length says what is true of record caption"):
-        scored(["yes_no", "length"], "A cup.")
-    with pytest.raises(UserError, match="'dog' is in no row of the table"):
-        scored(["objects"], "A cup.", dataclasses.replace(SHOWN, meta={"objects": ["dog"]}))
+    for texts, one, message in (
+        (["yes_no", "length"], SHOWN, "none of yes_no, length says what is true of record caption"),
+        (["objects"], dataclasses.replace(SHOWN, meta={"objects": ["dog"]}), "record caption: .*'dog' is in no row of the table"),
+        (["objects"], dataclasses.replace(SHOWN, meta={"objects": "cup"}), "record caption: .*is a list of names"),
+        (["objects"], dataclasses.replace(SHOWN, meta={"objects": [{"name": "cup"}]}), "record caption: .*is a list of names"),
+    ):
+        with pytest.raises(UserError, match=message):
+            scorers.parse(texts, TRUTH).check(one)
+    scorers.parse(["objects", "yes_no"], TRUTH).check(SHOWN)
+    scorers.parse(["objects", "yes_no"], TRUTH).check(ASKED)

@@ -10,6 +10,7 @@ from mmalign_jax.training.trainable import Trainable
 
 ALL = frozenset({"vision_tower", "projector", "decoder"})
 FULL, LORA, OLD_LORA = Trainable(frozenset({"vision_tower"})), Trainable(ALL), Trainable(ALL, adapter_off=False)
+OWN = {"pairs": {"maker": "samples", "when": "online"}, "samples": {"scorers": ("exact",)}}
 KERNEL, FACTOR = ("decoder", "layers", "kernel"), ("decoder", "layers", "lora_a")
 
 
@@ -55,6 +56,7 @@ def test_how_a_reference_follows():
     [
         (("simpo", "live"), {}, "config.reference.kind: simpo compares with no reference"),
         (("simpo", "cached"), {}, "config.reference.kind: simpo compares with no reference"),
+        (("grpo", "none"), OWN, "grpo takes a divergence from the reference; set its weight to 0"),
         (("tdpo", "none"), {}, "reads the divergence"),
         (("dpo", "adapter_off"), {}, "nothing is adapted"),
         (("dpo", "adapter_off"), {"lora": {"rank": 4}}, "more than new low-rank factors trains"),
