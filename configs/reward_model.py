@@ -13,9 +13,11 @@ from mmalign_jax import config_files
 def get_config():
     config = config_files.load(Path(__file__).parent / "recipes" / "world.py")
     config.objective.name = "reward_model"
-    config.scenes.align = 800
+    config.scenes.align = 1600
     config.data.holdout = 0.2
-    config.train.steps = 150
+    config.data.buckets = 3
+    config.optimizer.learning_rate = 1e-3
+    config.train.steps = 400
     config.eval.benchmarks = ()  # it scores answers and says none
-    config.eval.holdout_every = 50
+    config.eval.holdout_every = 100
     return config
