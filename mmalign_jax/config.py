@@ -119,12 +119,13 @@ class PairsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplesConfig:
-    """The policy's own answers to a prompt: how they are drawn, what they are worth, and which of them become a pair.
+    """Answers to a prompt: where they come from, what they are worth, and which of them become a pair.
 
     Objectives that learn from rewards (GRPO and others) take all answers to a prompt as a group; `selector` and what follows it then say nothing.
     """
 
-    count: int = setting(2, min=2, max=1024, help="answers to a prompt")
+    sources: tuple[str, ...] = setting(("policy",), help="where answers come from; see `pairs.sources`")
+    count: int = setting(2, min=1, max=1024, help="answers to a prompt, of each source that draws them")
     temperature: float = setting(1.0, above=0.0)
     top_k: int = setting(0, min=0, help="0: no limit")
     top_p: float = setting(1.0, above=0.0, max=1.0)
@@ -133,7 +134,11 @@ class SamplesConfig:
     batch_size: int = setting(64, min=1, help="prompts of a device batch")
     seed: int = setting(0, min=0)
     scorers: tuple[str, ...] = setting((), help='what an answer is worth, a sum, such as ("objects", "length(-0.1)"); see `pairs.scorers`')
-    synonyms: str = setting("", help="JSON file for the scorer objects: kind -> words that name it; the built-in world has its own")
+    synonyms: str = setting("", help="JSON file for the scorer objects and the source swap: kind -> words; the built-in world has its own")
+    pattern: str = setting("", help="regular expression that the scorer format looks for a whole answer to be")
+    reward_model: str = setting("", help="directory of the scorer reward_model, the export of a run with that objective")
+    critic: str = setting("", help="directory of the model that the scorer claims asks; empty: the policy as it is when the run begins")
+    claim: str = setting("Is this true of the picture? {claim}", help="how the scorer claims asks about a sentence, to be answered with yes or no")
     unfinished: bool = setting(
         True, help="online: whether answers that ran out of tokens count, as samples of a group or as the better of a pair; offline they never do"
     )
@@ -144,6 +149,24 @@ class SamplesConfig:
         0.0, min=0.0, max=1.0, help="Mixed-DPO (arXiv 2407.02477, section 2.3): probability that a row of a step is the data set's own pair"
     )
     offline_pairs: str = setting("set", choices=("set", "bdhs"), help="bdhs: made before training from references")
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """A chat model behind an OpenAI-compatible endpoint, which the scorer `judge` and the source `edit` ask; see `pairs.judge`."""
+
+    url: str = setting("", help="up to the version, such as http://127.0.0.1:8000/v1")
+    model: str = setting("", help="its name there")
+    key_variable: str = setting("", help="the environment variable that holds the key; empty: none is sent")
+    prompt: str = setting("score", help="what the scorer asks: compare, score, sima, or a TOML file; see `pairs.judge.prompts`")
+    edit_prompt: str = setting("inject", help="what the source edit asks: inject, or a TOML file of kind edit")
+    both_orders: bool = setting(True, help="comparisons are asked in both orders, since judges prefer places")
+    timeout_s: float = setting(120.0, above=0.0, help="for a whole reply")
+    max_tokens: int = setting(1024, min=1, help="of a reply")
+    temperature: float = setting(0.0, min=0.0)
+    attempts: int = setting(5, min=1, help="most times that one question is asked")
+    workers: int = setting(16, min=1, max=1024, help="questions in flight")
+    replies: str = setting("", help="file of the replies, which runs may share; empty: in the run's directory, or beside the pairs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,6 +347,7 @@ class Config:
     scenes: ScenesConfig = ScenesConfig()
     pairs: PairsConfig = PairsConfig()
     samples: SamplesConfig = SamplesConfig()
+    judge: JudgeConfig = JudgeConfig()
     rounds: RoundsConfig = RoundsConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     reference: ReferenceConfig = ReferenceConfig()

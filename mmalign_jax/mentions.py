@@ -50,6 +50,7 @@ class Mentions:
         for words, kind in tuple(self._kinds.items()):
             for plural in _plurals(words[-1]):
                 self._kinds.setdefault((*words[:-1], plural), kind)  # what the table says itself stands above a rule
+        self.kinds = tuple(synonyms)
         self._longest = max(map(len, self._kinds), default=0)
 
     def __call__(self, text: str) -> tuple[Mention, ...]:

@@ -31,6 +31,7 @@ from mmalign_jax.pairs.offline import make_cached, make_offline, plan_sampler
 from mmalign_jax.pairs.online import BdhsBatches
 from mmalign_jax.pairs.online_samples import GroupBatches, PairBatches
 from mmalign_jax.pairs.selectors import parse as parse_selector
+from mmalign_jax.pairs.sources import parse as parse_sources
 from mmalign_jax.report.console import Console
 from mmalign_jax.report.environment import environment
 from mmalign_jax.report.html import write_report
@@ -108,6 +109,7 @@ class _Run:
         if c.pairs.maker == "samples":  # mistakes in them are told before anything is measured
             parse_selector(c.samples.selector, "config.samples.selector")
             scorers_of(c)
+            parse_sources(c.samples.sources)
         self.skipped: list[SkippedRow] = []
         options = {"batch_size": c.eval.batch_size, "max_new_tokens": c.eval.max_new_tokens, "data": c.data}
         self.generator = Generator(p.model, p.processor, p.mesh, **options)
@@ -241,7 +243,8 @@ class _Run:
         reads_reference = parse_selector(c.samples.selector, "config.samples.selector").reads_reference
         # what rows may hold beside answers of the policy
         own = 0 if of_samples else 2 if c.samples.offline_share else int(reads_reference)
-        answerer, plan = plan_answers(p, records, c, answers=own, rows=min(c.samples.batch_size, c.train.batch_size))
+        rows, replies = min(c.samples.batch_size, c.train.batch_size), self.workdir / "replies.jsonl"
+        answerer, plan = plan_answers(p, records, c, answers=own, rows=rows, replies=replies)
         slots = max(c.samples.max_tokens, plan.layout.answer_slots if own else 0)
         marked = Need.CHANGED in self.objective.needs
         layout = dataclasses.replace(plan.layout, answers=c.samples.count if of_samples else 2, answer_slots=slots, mark_changes=marked)

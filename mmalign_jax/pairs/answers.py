@@ -1,6 +1,7 @@
-"""Prompts -> the policy's answers to them, and what each is worth."""
+"""Prompts -> answers to them, of the policy and of other sources, and what each is worth."""
 
 import dataclasses
+import re
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,40 +13,43 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.mentions import Mentions, read_synonyms
+from mmalign_jax.pairs import experts, sources
 from mmalign_jax.pairs.bdhs import check_one_process
-from mmalign_jax.pairs.own_answers import Own, OwnAnswers, Prompt
+from mmalign_jax.pairs.own_answers import Own, Prompt
 from mmalign_jax.pairs.scorers import Scored, Scorers, Truth, parse
 from mmalign_jax.pairs.selectors import Candidate
+from mmalign_jax.pairs.sources import Edit, Source
 from mmalign_jax.scenes import language
 from mmalign_jax.types import PreferenceRecord
-
-OWN = "policy"  # the source of an answer that is a sample
 
 
 @dataclasses.dataclass(frozen=True)
 class Answered:
-    """A prompt with the policy's answers and what each is worth."""
+    """A prompt with the answers to it and what each is worth."""
 
     prompt: Prompt
     answers: Sequence[Own]
     scored: Sequence[Scored]
 
     def candidates(self) -> list[Candidate]:
-        both = zip(self.answers, self.scored, strict=True)
-        return [Candidate(one.text, OWN, scored.total, one.finished, len(one.tokens)) for one, scored in both]
+        return [_candidate(one, scored.total) for one, scored in zip(self.answers, self.scored, strict=True)]
+
+
+def _candidate(answer: Own, score: float | None) -> Candidate:
+    return Candidate(answer.text, answer.source, score, answer.finished, len(answer.tokens))
 
 
 @dataclasses.dataclass(frozen=True)
 class Answerer:
-    """Records -> what the policy answers to them, scored."""
+    """Records -> answers to them, scored."""
 
     processor: Processor
-    sampler: OwnAnswers
+    sources: tuple[Source, ...]
     scorers: Scorers
     layout: RowLayout
 
     def __call__(self, params: dict, records: Sequence[PreferenceRecord], draw: int) -> list[Answered]:
-        """In order; see `OwnAnswers`.
+        """In order; a record's answers in the order of the sources.
 
         Raises:
           DataError, UserError: a prompt cannot be laid out, or its answers cannot be scored.
@@ -55,18 +59,28 @@ class Answerer:
         for record in records:
             row = tokenize(record, None, self.processor, 0, **limits)
             prompts.append(Prompt(record, row, lay_out_pictures(record, self.processor, self.layout, row)))
-        answers = self.sampler(params, prompts, draw)
-        unscored = [[Candidate(one.text, OWN, None, one.finished, len(one.tokens)) for one in each] for each in answers]
-        scored = self.scorers(records, unscored)
+        of_sources = [source(params, prompts, draw) for source in self.sources]
+        answers = [[one for each in of_record for one in each] for of_record in zip(*of_sources, strict=True)]
+        scored = self.scorers(records, [[_candidate(one, None) for one in each] for each in answers])
         return [Answered(*one) for one in zip(prompts, answers, scored, strict=True)]
 
 
-def plan_answers(policy: Pretrained, records: Records, config: Config, *, answers: int, rows: int) -> tuple[Answerer, RowPlan]:
+    @property
+    def counts(self) -> dict[str, int]:
+        """How those who were asked answered so far, by the names of metrics."""
+        edits = {name: count for source in self.sources if isinstance(source, Edit) for name, count in source.editor.counts.items()}
+        return self.scorers.counts | edits
+
+
+def plan_answers(
+    policy: Pretrained, records: Records, config: Config, *, answers: int, rows: int, replies: Path
+) -> tuple[Answerer, RowPlan]:
     """An answerer for the prompts of records that fit the limits of `config.data`, and which these are.
 
     Args:
       answers: K of the plan: what rows hold beside answers of the policy.
       rows: prompts of a device batch.
+      replies: file of what chat models reply, unless `config.judge.replies` names one.
 
     Raises:
       DataError: a row that does not fit, see `plan_rows`.
@@ -82,24 +96,30 @@ def plan_answers(policy: Pretrained, records: Records, config: Config, *, answer
             f"config.samples.max_tokens: with prompts of {prompts.prefix_slots} tokens answers may come to {longest} positions, the model was made "
             f"for {prompts.max_positions}"
         )
-    scorers = scorers_of(config)
+    scorers = experts.with_experts(scorers_of(config), policy, config, replies)
     for index in dict.fromkeys(plan.items[:, 0].tolist()):
         scorers.check(records[index])
-    sampler = OwnAnswers(policy.model, processor, policy.mesh, samples, prompts, rows)
-    return Answerer(processor, sampler, scorers, prompts), plan
+    opened = sources.open_sources(sources.parse(samples.sources), policy, config, prompts, rows, mentions_of(config), replies)
+    return Answerer(processor, opened, scorers, prompts), plan
 
 
 def scorers_of(config: Config) -> Scorers:
-    """What `config.samples` says that an answer is worth.
+    """What `config.samples` says that an answer is worth, without the experts.
 
     Raises:
-      UserError: a scorer is written wrongly, or lacks its table.
+      UserError: a scorer is written wrongly, or lacks its table or its other settings.
     """
-    return parse(config.samples.scorers, Truth(_mentions(config), config.samples.max_tokens))
+    try:
+        pattern = re.compile(config.samples.pattern) if config.samples.pattern else None
+    except re.error as error:
+        raise UserError(f"config.samples.pattern: no regular expression ({error})") from error
+    scorers = parse(config.samples.scorers, Truth(mentions_of(config), config.samples.max_tokens, pattern))
+    experts.check_settings(scorers, config)
+    return scorers
 
 
-def _mentions(config: Config) -> Mentions | None:
-    """The table in which the scorer of objects looks words up."""
+def mentions_of(config: Config) -> Mentions | None:
+    """The table in which the scorer objects and the source swap look words up."""
     if config.samples.synonyms:
         return Mentions(read_synonyms(Path(config.samples.synonyms)))
     return Mentions(language.synonyms()) if config.data.format == "scenes" else None
@@ -107,16 +127,19 @@ def _mentions(config: Config) -> Mentions | None:
 
 def summary(answered: Sequence[Answered]) -> dict[str, float]:
     """Means over the answers: `samples/score`, `samples/score_NAME` of each scorer where it says something, `samples/length` (tokens),
-    `samples/finished`."""
+    `samples/finished`; `samples/no_verdict` is the share of those that somebody did not judge, where there are any."""
     scored = [scored for each in answered for scored in each.scored]
     if not scored:
         return {}
     answers = [one for each in answered for one in each.answers]
-    totals: dict[str, list[float]] = {"samples/score": [one.total for one in scored]}
+    known = [one.total for one in scored if one.total is not None]
+    totals: dict[str, list[float]] = {"samples/score": known} if known else {}
     for one in scored:
         for name, value in one.parts.items():
             totals.setdefault(f"samples/score_{name}", []).append(value)
     out = {name: statistics.fmean(values) for name, values in totals.items()}
+    if len(known) < len(scored):
+        out["samples/no_verdict"] = 1 - len(known) / len(scored)
     return out | {
         "samples/length": statistics.fmean(len(one.tokens) for one in answers),
         "samples/finished": statistics.fmean(one.finished for one in answers),

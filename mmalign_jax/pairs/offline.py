@@ -15,17 +15,18 @@ from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.files import claimed, read_json
 from mmalign_jax.hf.export import MARKER as EXPORT_MARKER
 from mmalign_jax.hf.pretrained import Pretrained
-from mmalign_jax.pairs import selectors
-from mmalign_jax.pairs.answers import plan_answers
+from mmalign_jax.pairs import selectors, sources
+from mmalign_jax.pairs.answers import plan_answers, scorers_of
 from mmalign_jax.pairs.bdhs import BdhsSampler, check_one_process, reference_of
 from mmalign_jax.pairs.bdhs_records import Statistics, make_pairs
 from mmalign_jax.pairs.journal import Journal
+from mmalign_jax.pairs.judge import Prompt
 from mmalign_jax.pairs.sampled_records import SampleStatistics, sampled_pairs
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.report.console import Console
 from mmalign_jax.types import PreferenceRecord
 
-VERSION = 2  # raised whenever the same model, records and settings make other pairs than before
+VERSION = 3  # raised whenever the same model, records and settings make other pairs than before
 _NO_MATTER = ("maker", "when", "batch_size", "encoder", "cache")  # settings of config.pairs on which no pair depends; the encoder's files do count
 _NO_MATTER_OF_SAMPLES = ("batch_size", "offline_share", "offline_pairs")
 # settings of config.data that say which records give pairs
@@ -89,7 +90,7 @@ def make_offline(
     if prepared is None:
         check_one_process()
         with Journal(out.with_name(f".{out.name}.made.jsonl"), same) as journal:
-            rows = lambda: _rows(policy, records, config, journal, console, title, made)  # noqa: E731
+            rows = lambda: _rows(policy, records, config, out, journal, console, title, made)  # noqa: E731
             prepared = builder.prepare(config.data, dataclasses.replace(source, rows=rows), out)
         journal.remove()
     return read_offline(prepared, config)
@@ -133,11 +134,24 @@ def identity(policy: Pretrained, records: builder.RecordSource, config: Config) 
         settings = {name: value for name, value in dataclasses.asdict(config.samples).items() if name not in _NO_MATTER_OF_SAMPLES}
         if config.samples.synonyms:
             settings["synonyms"] = read_json(Path(config.samples.synonyms))
+        settings |= _of_chat_models(config)
     limits = {name: getattr(config.data, name) for name in _MATTER}
-    others = [Path(directory) for directory in (policy.adapter, config.pairs.encoder) if directory]
+    asked = (config.samples.reward_model, config.samples.critic) if config.pairs.maker == "samples" else ()
+    others = [Path(directory) for directory in (policy.adapter, config.pairs.encoder, *asked) if directory]
     files = [file for directory in (policy.path, *others) for file in _model_files(directory)]
     parts = [VERSION, files, policy.model.dtype, records.prepared.fingerprint, settings, limits]
     return json.dumps(parts, sort_keys=True)
+
+
+def _of_chat_models(config: Config) -> dict[str, Any]:
+    """What replies depend on, where a chat model is asked; the address is none of it."""
+    samples, judge = config.samples, config.judge
+    prompts = {"judge": judge.prompt} if "judge" in scorers_of(config).expected else {}
+    prompts |= {"edit": judge.edit_prompt} if any(one.name == "edit" for one in sources.parse(samples.sources)) else {}
+    if not prompts:
+        return {}
+    options = [judge.model, judge.both_orders, judge.max_tokens, judge.temperature]
+    return {"chat": [options, {name: repr(Prompt.load(prompt)) for name, prompt in prompts.items()}]}
 
 
 def plan_sampler(policy: Pretrained, records: Records, config: Config) -> tuple[BdhsSampler, RowPlan]:
@@ -162,14 +176,15 @@ class _Maker:
     nothing: str  # what to do when there is not one pair
 
 
-def _maker(policy: Pretrained, records: Records, config: Config) -> _Maker:
+def _maker(policy: Pretrained, records: Records, config: Config, out: Path) -> _Maker:
     if config.pairs.maker == "bdhs":
         references = References(records, keep_rejected=config.pairs.gamma > 0)
         sampler, plan = plan_sampler(policy, references, config)
         nothing = "each rejected answer is its reference, or unusable; raise rho_th or the temperature"
         return _Maker(plan, references.__getitem__, lambda params, rows, counts: make_pairs(sampler, params, rows, config.pairs, counts), nothing)
     reads_reference = selectors.parse(config.samples.selector, "config.samples.selector").reads_reference
-    answerer, plan = plan_answers(policy, records, config, answers=int(reads_reference), rows=config.samples.batch_size)
+    replies = out.with_name(f"{out.name}.replies.jsonl")
+    answerer, plan = plan_answers(policy, records, config, answers=int(reads_reference), rows=config.samples.batch_size, replies=replies)
     nothing = "draw more answers (config.samples.count), or look at the scorers, the selector and its filters"
     return _Maker(plan, records.__getitem__, lambda params, rows, counts: sampled_pairs(answerer, params, rows, config.samples, counts), nothing)
 
@@ -178,6 +193,7 @@ def _rows(
     policy: Pretrained,
     records: Records,
     config: Config,
+    out: Path,
     journal: Journal,
     console: Console,
     title: str,
@@ -185,7 +201,7 @@ def _rows(
 ) -> Iterator[PreferenceRecord]:
     """The pairs, in the order of the records; `made` then holds the statistics."""
     with console.phase(title) as progress:
-        maker = _maker(policy, records, config)
+        maker = _maker(policy, records, config, out)
         items = [int(index) for index, _ in maker.plan.items]
         before = statistics = _statistics(config, journal.statistics)
         if len(journal):

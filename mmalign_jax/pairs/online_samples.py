@@ -42,7 +42,7 @@ class GroupBatches:
         mean = np.mean([np.sum(row["token_weight"]) for row in rows])
         for row in rows:
             row["sampled"] = dataclasses.replace(row["sampled"], row_tokens=np.float32(mean))
-        return in_parts(rows, layout, self._train), summary(groups)
+        return in_parts(rows, layout, self._train), summary(groups) | self._answerer.counts
 
     def get_state(self) -> dict[str, Any]:
         return self._order.get_state()
@@ -53,9 +53,12 @@ class GroupBatches:
     def _row(self, group: Answered, layout: RowLayout) -> dict[str, Any]:
         row = _row(group.prompt, group.answers)
         out = {**lay_out_tokens(group.prompt.record, None, self._answerer.processor, layout, row), **group.prompt.pictures}
-        counts = [answer.finished or self._config.unfinished for answer in group.answers]
+        judged = [scored.total is not None for scored in group.scored]
+        counts = [known and (answer.finished or self._config.unfinished) for answer, known in zip(group.answers, judged, strict=True)]
         out["token_weight"][layout.prefix_slots :] *= np.repeat(counts, layout.answer_slots)
-        rewards = np.array([scored.total for scored in group.scored], np.float32)
+        known = [scored.total for scored in group.scored if scored.total is not None]
+        usual = sum(known) / len(known) if known else 0.0  # moves no mean; the answer's tokens do not count
+        rewards = np.array([usual if scored.total is None else scored.total for scored in group.scored], np.float32)
         sampled = Sampled(rewards, row_tokens=np.float32(0), limit=np.float32(self._config.max_tokens))
         return {**out, "sampled": sampled, "drawn_logps": _drawn([one.logps for one in group.answers], layout)}
 
@@ -92,7 +95,7 @@ class PairBatches:
             found = sum(pair.preference.weight > 0 for pair, is_own in zip(pairs, own, strict=True) if not is_own)
             more["samples/pairs"] = found / len(drawn)
         rows = [self._laid_out(pair, layout) for pair in pairs]
-        return in_parts(rows, layout, self._train), summary(drawn) | more
+        return in_parts(rows, layout, self._train), summary(drawn) | self._answerer.counts | more
 
     def get_state(self) -> dict[str, Any]:
         return self._order.get_state()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +16,7 @@ from mmalign_jax.data.device import to_device
 from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out, stack_rows, tokenize
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
+from mmalign_jax.hf.processor import Processor
 from mmalign_jax.hf.score_head import FILE, has_head
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.score_head import at_ends
@@ -79,7 +80,7 @@ class RewardModel:
         rows = {number: self._tokens(records[number], answers[number]) for number in asked}
         if not asked:
             return out
-        layout = self._layout(list(rows.values()))
+        layout = layout_of(list(rows.values()), self.policy.processor, self._limits)
         for start in range(0, len(asked), self._rows):
             some = asked[start : start + self._rows]
             # the last batch is filled with copies of its last row
@@ -97,20 +98,26 @@ class RewardModel:
         prompt = tokenize(record, None, processor, 0, **self._limits)
         return dataclasses.replace(prompt, answers=tuple(processor.answer_ids(text, record.prefix) for text in texts))
 
-    def _layout(self, rows: Sequence[RowTokens]) -> RowLayout:
-        sizes, blank, traits = [row.size for row in rows], self.policy.processor.pictures.blank, self.policy.processor.traits
-        up = lambda longest, multiple: -(-longest // multiple) * multiple  # noqa: E731
-        canvases = [blank.canvas, *(size.canvas for size in sizes)]
-        return RowLayout(
-            prefix_slots=up(max(size.prefix for size in sizes), _PREFIX),
-            answer_slots=up(max(size.longest for size in sizes), _ANSWER),
-            answers=max(len(size.answers) for size in sizes),
-            images=max([blank.tiles, *(size.images for size in sizes)]),
-            canvas=(max(y for y, _ in canvases), max(x for _, x in canvases)),
-            patch_slots=max([blank.slots, *(size.patch_slots for size in sizes)]),
-            max_positions=traits.max_positions,
-            **self._limits,
-        )
+
+def layout_of(rows: Sequence[RowTokens], processor: Processor, limits: Mapping[str, int]) -> RowLayout:
+    """A layout that holds the rows, with slots that similar rows also get.
+
+    Args:
+      limits: `max_pixels` and `max_bytes` of a picture.
+    """
+    sizes, blank = [row.size for row in rows], processor.pictures.blank
+    up = lambda longest, multiple: -(-longest // multiple) * multiple  # noqa: E731
+    canvases = [blank.canvas, *(size.canvas for size in sizes)]
+    return RowLayout(
+        prefix_slots=up(max(size.prefix for size in sizes), _PREFIX),
+        answer_slots=up(max(size.longest for size in sizes), _ANSWER),
+        answers=max(len(size.answers) for size in sizes),
+        images=max([blank.tiles, *(size.images for size in sizes)]),
+        canvas=(max(y for y, _ in canvases), max(x for _, x in canvases)),
+        patch_slots=max([blank.slots, *(size.patch_slots for size in sizes)]),
+        max_positions=processor.traits.max_positions,
+        **limits,
+    )
 
 
 def _padded(row: RowTokens, answers: int) -> RowTokens:

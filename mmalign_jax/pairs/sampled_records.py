@@ -1,4 +1,4 @@
-"""Preference records of answers that the policy drew: which of them are pairs, why others are not, and counts."""
+"""Preference records of answers to prompts: which of them are pairs, why others are not, and counts."""
 
 import collections
 import dataclasses
@@ -24,8 +24,9 @@ class SampleStatistics:
       paired: records that gave pairs.
       unchanged: records that gave none.
       unfinished: answers that ran out of tokens.
-      answers: that were drawn.
-      score: sum of what the answers are worth.
+      answers: of all sources.
+      judged: answers with a verdict of all scorers.
+      score: sum of what these are worth.
       refused: reason -> answers, or pairs of them, that were refused.
     """
 
@@ -35,6 +36,7 @@ class SampleStatistics:
     unchanged: int = 0
     unfinished: int = 0
     answers: int = 0
+    judged: int = 0
     score: float = 0.0
     refused: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
@@ -42,11 +44,12 @@ class SampleStatistics:
         refused = ", ".join(f"{count} {reason}" for reason, count in self.refused.items())
         return (
             f"{self.pairs} pairs from {self.paired} of {self.records} records; {self.answers} answers, {self.unfinished} of them out of tokens, of "
-            f"score {self.score / max(self.answers, 1):.3f} on average; refused: {refused or 'none'}"
+            f"score {self.score / max(self.judged, 1):.3f} on average; refused: {refused or 'none'}"
         )
 
     def plus(self, answered: Answered, pairs: int, refused: Mapping[str, int]) -> "SampleStatistics":
         """With one more record, which gave `pairs` pairs."""
+        totals = [one.total for one in answered.scored if one.total is not None]
         return SampleStatistics(
             records=self.records + 1,
             pairs=self.pairs + pairs,
@@ -54,7 +57,8 @@ class SampleStatistics:
             unchanged=self.unchanged + (pairs == 0),
             unfinished=self.unfinished + sum(not one.finished for one in answered.answers),
             answers=self.answers + len(answered.answers),
-            score=self.score + sum(one.total for one in answered.scored),
+            judged=self.judged + len(totals),
+            score=self.score + sum(totals),
             refused=dict(sorted((collections.Counter(self.refused) + collections.Counter(refused)).items())),
         )
 
@@ -64,7 +68,7 @@ def sampled_pairs(
 ) -> Iterator[tuple[list[PreferenceRecord], SampleStatistics]]:
     """Yields, for every record, its preference record, if it gave pairs, and the counts so far.
 
-    A record's responses are then the answers that were drawn (source "policy", with their scores), but for those that no record can hold: they
+    A record's responses are then the answers to it (with their sources and scores), but for those that no record can hold: they
     ran out of tokens, so that an end token behind them would be a lie, or their text cannot be read back. The reference stands behind them
     where the selector reads it. A record's answers depend on it and the seed alone.
     """
@@ -86,7 +90,7 @@ def sampled_pairs(
             statistics = statistics.plus(answered, len(selection.pairs), collections.Counter(selection.refused) + left_out)
             responses = tuple(Response(one.text, source=one.source, score=one.score) for one in candidates)
             made = {name: getattr(config, name) for name in ("seed", "temperature", "top_p", "top_k", "selector")}
-            meta = {**record.meta, "samples": {**made, "scorers": list(config.scorers)}}
+            meta = {**record.meta, "samples": {**made, "sources": list(config.sources), "scorers": list(config.scorers)}}
             changed = dataclasses.replace(record, responses=responses, prefs=selection.pairs, prefix="", complete=True, meta=meta)
             yield [changed] if selection.pairs else [], statistics
 

@@ -5,7 +5,9 @@ Every one has a weight as its first argument.
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from mmalign_jax.errors import UserError
 from mmalign_jax.mentions import Mentions
@@ -21,10 +23,12 @@ class Truth:
     Args:
       mentions: which things a text names; None where no table is at hand.
       max_tokens: most tokens of an answer.
+      pattern: what a whole answer is to look like; None where nobody says.
     """
 
     mentions: Mentions | None = None
     max_tokens: int = 0
+    pattern: re.Pattern[str] | None = None
 
 
 Score = Callable[..., float]
@@ -45,76 +49,130 @@ class Rule:
     knows: Callable[[PreferenceRecord], bool] | None = None
 
 
+@runtime_checkable
+class Expert(Protocol):
+    """Judges answers by more than a rule: a model, or somebody who is asked. It has something to say of every record."""
+
+    def check(self, record: PreferenceRecord) -> None:
+        """Raises UserError where it cannot judge answers to a record."""
+
+    def __call__(self, records: Sequence[PreferenceRecord], answers: Sequence[Sequence[str]]) -> list[list[float | None]]:
+        """What each of the answers to each record is worth; None where there was no verdict in the end."""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How the judging went so far, by the names of metrics."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertKind:
+    """A kind of scorer that is an expert, who is opened when answers are to be scored: see `experts`."""
+
+    name: str
+    description: str
+    arguments: tuple[Number, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """The weighted sum of an answer's scores, and each of them by the scorer's name, unweighted."""
+    """The weighted sum of an answer's scores, None where one of them is missing, and each of them by the scorer's name, unweighted."""
 
-    total: float
+    total: float | None
     parts: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorers:
-    """Scorers with their weights and arguments; made by `parse`."""
+    """Scorers with their weights and arguments; made by `parse`. Those that are experts must be given before answers are scored."""
 
-    rules: tuple[tuple[str, float, Mapping[str, Value]], ...]
+    parts: tuple[tuple[str, float, Mapping[str, Value]], ...]
     truth: Truth
+    experts: Mapping[str, Expert] = dataclasses.field(default_factory=dict)
+
+    @property
+    def expected(self) -> tuple[str, ...]:
+        """Names of the experts among them."""
+        return tuple(name for name, _, _ in self.parts if isinstance(_KINDS[name], ExpertKind))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How the experts' judging went so far, by the names of metrics."""
+        return {name: count for expert in self.experts.values() for name, count in expert.counts.items()}
 
     def __call__(self, records: Sequence[PreferenceRecord], answers: Sequence[Sequence[Candidate]]) -> list[list[Scored]]:
         """What each of the answers to each record is worth; `check` has found nothing wrong with the records."""
-        return [[self._score(record, one) for one in each] for record, each in zip(records, answers, strict=True)]
+        texts = [[one.text for one in each] for each in answers]
+        verdicts = {name: self.experts[name](records, texts) for name in self.expected}
+        out = []
+        for number, (record, each) in enumerate(zip(records, answers, strict=True)):
+            of_record = {name: found[number] for name, found in verdicts.items()}
+            out.append([self._score(record, one, {name: found[at] for name, found in of_record.items()}) for at, one in enumerate(each)])
+        return out
 
-    def _score(self, record: PreferenceRecord, answer: Candidate) -> Scored:
+    def _score(self, record: PreferenceRecord, answer: Candidate, verdicts: Mapping[str, float | None]) -> Scored:
         total, parts = 0.0, {}
-        for name, weight, arguments in self.rules:
-            rule = _RULES[name]
-            if rule.knows is None or rule.knows(record):
-                parts[name] = rule.function(record, answer, self.truth, **arguments)
-                total += weight * parts[name]
+        for name, weight, arguments in self.parts:
+            kind = _KINDS[name]
+            if isinstance(kind, ExpertKind):
+                if (verdict := verdicts[name]) is None:
+                    total = None
+                    continue
+                parts[name] = verdict
+            elif kind.knows is None or kind.knows(record):
+                parts[name] = kind.function(record, answer, self.truth, **arguments)
+            else:
+                continue
+            total = None if total is None else total + weight * parts[name]
         return Scored(total, parts)
 
     def check(self, record: PreferenceRecord) -> None:
         """Raises UserError where none of the scorers says what is true of a record, or one cannot read what the record says."""
-        known = [name for name, _, _ in self.rules if _RULES[name].knows is not None and _RULES[name].knows(record)]
-        if not known:
-            raise UserError(f"config.samples.scorers: none of {', '.join(name for name, _, _ in self.rules)} says what is true of record {record.id}")
+        names = [name for name, _, _ in self.parts]
+        rules = {name: kind for name in names if isinstance(kind := _KINDS[name], Rule)}
+        known = [name for name, rule in rules.items() if rule.knows is not None and rule.knows(record)]
+        if names and not known and not self.expected:
+            raise UserError(f"config.samples.scorers: none of {', '.join(names)} says what is true of record {record.id}")
         if "objects" in known:
             try:
-                _shown(record, self.truth)
+                shown(record, self.truth.mentions)
             except UserError as error:
                 raise UserError(f"record {record.id}: {error}") from error
+        for expert in self.experts.values():
+            expert.check(record)
 
 
 def parse(texts: Sequence[str], truth: Truth, where: str = "config.samples.scorers") -> Scorers:
     """Reads scorers, such as ("objects", "missing_end(-8)").
 
     Raises:
-      UserError: there is none, one comes twice, or see `calls.Table.read`.
+      UserError: one comes twice or lacks what it looks up, or see `calls.Table.read`.
     """
-    if not texts:
-        raise UserError(f"{where}: answers that are samples need a scorer. Known: {', '.join(names())}")
-    rules: dict[str, tuple[str, float, Mapping[str, Value]]] = {}
+    parts: dict[str, tuple[str, float, Mapping[str, Value]]] = {}
     for text in texts:
         name, values = _TABLE.read(text, where)
-        if name in rules:
+        if name in parts:
             raise UserError(f"{where}: {name} comes twice")
         weight = values.pop("weight")
-        rules[name] = (name, float(weight), values)
-    if "objects" in rules and truth.mentions is None:
+        parts[name] = (name, float(weight), values)
+    if "objects" in parts and truth.mentions is None:
         raise UserError("config.samples.synonyms: the scorer objects looks words up in a table; give a JSON file: kind -> words that name it")
-    return Scorers(tuple(rules.values()), truth)
+    if ("format" in parts) != (truth.pattern is not None):
+        raise UserError("config.samples.pattern: a regular expression goes with the scorer format, and only with it")
+    return Scorers(tuple(parts.values()), truth)
 
 
 def names() -> tuple[str, ...]:
-    return tuple(_RULES)
+    return tuple(_KINDS)
 
 
 def summary(name: str) -> str:
     """The first line of a scorer's description."""
-    return (inspect.getdoc(_RULES[name].function) or "").splitlines()[0]
+    kind = _KINDS[name]
+    return kind.description if isinstance(kind, ExpertKind) else (inspect.getdoc(kind.function) or "").splitlines()[0]
 
 
-def _reference(record: PreferenceRecord) -> str:
+def reference_text(record: PreferenceRecord) -> str:
+    """The answer that the set holds as true, "" where it has none."""
     return record.responses[record.prefs[0].win if record.prefs else 0].text if record.responses else ""
 
 
@@ -124,7 +182,7 @@ def _first_word(text: str) -> str:
 
 
 def _asks_yes_no(record: PreferenceRecord) -> bool:
-    return _first_word(_reference(record)) in ("yes", "no")
+    return _first_word(reference_text(record)) in ("yes", "no")
 
 
 def _plain(text: str) -> str:
@@ -133,12 +191,12 @@ def _plain(text: str) -> str:
 
 def exact(record: PreferenceRecord, answer: Candidate, truth: Truth) -> float:
     """1 for the reference, however it is cased and spaced, with a full stop or without; else 0."""
-    return float(_plain(answer.text) == _plain(_reference(record)))
+    return float(_plain(answer.text) == _plain(reference_text(record)))
 
 
 def yes_no(record: PreferenceRecord, answer: Candidate, truth: Truth) -> float:
     """1 where the answer begins with the reference's yes or no; else 0."""
-    return float(_first_word(answer.text) == _first_word(_reference(record)))
+    return float(_first_word(answer.text) == _first_word(reference_text(record)))
 
 
 def objects(record: PreferenceRecord, answer: Candidate, truth: Truth, wrong: float) -> float:
@@ -146,13 +204,13 @@ def objects(record: PreferenceRecord, answer: Candidate, truth: Truth, wrong: fl
 
     What is there is the record's `meta["objects"]`: names, or mappings with a `kind`.
     """
-    there = _shown(record, truth)
+    there = shown(record, truth.mentions)
     named = [mention.kind for mention in truth.mentions(answer.text)]
     return (len(there & set(named)) - wrong * sum(kind not in there for kind in named)) / max(len(there), 1)
 
 
-def _shown(record: PreferenceRecord, truth: Truth) -> set[str]:
-    """The kinds of `meta["objects"]`.
+def shown(record: PreferenceRecord, mentions: Mentions) -> set[str]:
+    """The kinds of `meta["objects"]`, what a record's picture shows.
 
     Raises:
       UserError: it is of another form, or names what the table does not know.
@@ -161,7 +219,7 @@ def _shown(record: PreferenceRecord, truth: Truth) -> set[str]:
     names = [one.get("kind") if isinstance(one, Mapping) else one for one in listed] if isinstance(listed, (list, tuple)) else [None]
     if not all(isinstance(name, str) for name in names):
         raise UserError('meta["objects"] is a list of names, or of mappings with a "kind"')
-    return {truth.mentions.kind(name) for name in names}
+    return {mentions.kind(name) for name in names}
 
 
 def length(record: PreferenceRecord, answer: Candidate, truth: Truth) -> float:
@@ -179,6 +237,11 @@ def overlong(record: PreferenceRecord, answer: Candidate, truth: Truth, buffer: 
     return min(0.0, max(-1.0, (truth.max_tokens - buffer - answer.tokens) / buffer))
 
 
+def format(record: PreferenceRecord, answer: Candidate, truth: Truth) -> float:  # noqa: A001 - the field's word for it
+    """1 where the whole answer matches `config.samples.pattern`; else 0."""
+    return float(truth.pattern.fullmatch(answer.text) is not None)
+
+
 def _has_objects(record: PreferenceRecord) -> bool:
     """Lists what a picture shows, and asks for more than a yes or no, whose answer may name what is not there."""
     return "objects" in record.meta and not _asks_yes_no(record)
@@ -188,15 +251,23 @@ def _weight(usual: float) -> Number:
     return Number("weight", usual, low=-1e6, high=1e6)
 
 
-_RULES = {
-    rule.name: rule
-    for rule in (
-        Rule("exact", exact, (_weight(1.0),), lambda record: bool(_reference(record))),
+_KINDS: dict[str, Rule | ExpertKind] = {
+    kind.name: kind
+    for kind in (
+        Rule("exact", exact, (_weight(1.0),), lambda record: bool(reference_text(record))),
         Rule("yes_no", yes_no, (_weight(1.0),), _asks_yes_no),
         Rule("objects", objects, (_weight(1.0), Number("wrong", 1.0, low=0.0, high=1e6)), _has_objects),
+        Rule("format", format, (_weight(1.0),)),
         Rule("length", length, (_weight(-1.0),)),
         Rule("missing_end", missing_end, (_weight(-1.0),)),
         Rule("overlong", overlong, (_weight(1.0), Number("buffer", 32, low=1, high=1_000_000))),
+        ExpertKind("judge", "What the chat model of `config.judge` says: the share of its scale, or of comparisons won.", (_weight(1.0),)),
+        ExpertKind("reward_model", "The score of the reward model in the directory `config.samples.reward_model`.", (_weight(1.0),)),
+        ExpertKind(
+            "claims",
+            "Minus the number of sentences that a model, asked `config.samples.claim`, denies rather than affirms (RLAIF-V, arXiv 2405.17220).",
+            (_weight(1.0),),
+        ),
     )
 }
-_TABLE = Table("scorer", _RULES, "objects or missing_end(-8)")
+_TABLE = Table("scorer", _KINDS, "objects or missing_end(-8)")

@@ -48,6 +48,7 @@ class Kind:
     name: str
     function: _Select
     arguments: tuple[Number, ...] = ()
+    compares: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,11 @@ class Selector:
     def reads_reference(self) -> bool:
         return self.name == "reference_against_own"
 
+    @property
+    def compares(self) -> bool:
+        """Whether scores decide; otherwise answers need none that differ."""
+        return _BY_NAME[self.name].compares
+
     def __call__(self, candidates: Sequence[Candidate], filters: "Filters") -> Selection:
         """The pairs that the selector makes and the filters let through, in order."""
         refused: collections.Counter[str] = collections.Counter()
@@ -70,7 +76,7 @@ class Selector:
         out = []
         for win, lose, margin in _BY_NAME[self.name].function([candidates[index] for index in known], **dict(self.arguments)):
             pair = Preference(known[win], known[lose], margin=margin)
-            if reason := filters.refusal(candidates[pair.win], candidates[pair.lose], margin):
+            if reason := filters.refusal(candidates[pair.win], candidates[pair.lose], margin, self.compares):
                 refused[reason] += 1
             else:
                 out.append(pair)
@@ -91,11 +97,11 @@ class Filters:
     length_ratio: float = 0.0
     unfinished: bool = False
 
-    def refusal(self, win: Candidate, lose: Candidate, margin: float) -> str:
-        """Why a pair is refused, "" when it is not."""
+    def refusal(self, win: Candidate, lose: Candidate, margin: float, compared: bool = True) -> str:
+        """Why a pair is refused, "" when it is not. Ties and gaps are those of pairs that scores decide (`compared`)."""
         if win.text.split() == lose.text.split():
             return "identical texts"
-        if win.score is not None and lose.score is not None:
+        if compared and win.score is not None and lose.score is not None:
             if margin == 0:
                 return "tie"
             if margin < self.gap:
@@ -155,13 +161,21 @@ def best_worst(candidates: Sequence[Candidate]) -> list[Edge]:
 
 
 def reference_against_own(candidates: Sequence[Candidate], most: int = 0) -> list[Edge]:
-    """The reference over answers of the model (SeVa, arXiv 2404.10501; STIC). The least similar first, where similarity is the score."""
+    """The reference over other answers (SeVa, arXiv 2404.10501). The least similar first, where similarity is the score."""
     first = next((index for index, one in enumerate(candidates) if one.source == REFERENCE), None)
     if first is None:
         return []
     own = [index for index in reversed(_scored(candidates)) if index != first]
     edges = [(first, index, 1.0 - candidates[index].score) for index in own]
     return edges[:most] if most else edges
+
+
+def by_source(candidates: Sequence[Candidate], most: int = 0) -> list[Edge]:
+    """Answers of a source over those of the sources behind it (STIC, arXiv 2405.19716: true picture over corrupted). Nobody judges: margin 0."""
+    order = list(dict.fromkeys(one.source for one in candidates))
+    rank = [order.index(one.source) for one in candidates]
+    edges = [(win, lose, 0.0) for win, lose in itertools.permutations(range(len(candidates)), 2) if rank[win] < rank[lose]]
+    return _spread(edges, most)
 
 
 def correct_against_incorrect(candidates: Sequence[Candidate], threshold: float = 0.5, most: int = 0) -> list[Edge]:
@@ -179,7 +193,8 @@ _BY_NAME = {
     for kind in (
         Kind("all_pairs", all_pairs, (_MOST,)),
         Kind("best_worst", best_worst),
-        Kind("reference_against_own", reference_against_own, (_MOST,)),
+        Kind("reference_against_own", reference_against_own, (_MOST,), compares=False),
+        Kind("by_source", by_source, (_MOST,), compares=False),
         Kind("correct_against_incorrect", correct_against_incorrect, (Number("threshold", 0.5, low=-1e9, high=1e9), _MOST)),
     )
 }

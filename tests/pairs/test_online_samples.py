@@ -62,7 +62,7 @@ def make(tiny):
         drawn = dataclasses.replace(config, offline_share=0.0, selector="best_worst", gap=0.0)
         if (drawn, own, rows, mesh) not in samplers:
             samplers[drawn, own, rows, mesh] = OwnAnswers(tiny.model, tiny.processor, mesh, config, prompts, rows)
-        answerer = Answerer(tiny.processor, samplers[drawn, own, rows, mesh], parse(config.scorers, Truth(TABLE, config.max_tokens)), prompts)
+        answerer = Answerer(tiny.processor, (samplers[drawn, own, rows, mesh],), parse(config.scorers, Truth(TABLE, config.max_tokens)), prompts)
         slots = max(config.max_tokens, plan.layout.answer_slots if own else 0)
         layout = dataclasses.replace(plan.layout, answers=config.count if kind is GroupBatches else 2, answer_slots=slots)
         return kind(RECORDS, plan, layout, answerer, config, train)

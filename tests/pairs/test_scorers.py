@@ -58,7 +58,6 @@ def test_the_form_of_an_answer():
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ([], "need a scorer. Known: exact, "),
         (["object"], r"no scorer 'object'. Did you mean objects\?"),
         (["exact", "exact(2)"], "exact comes twice"),
         (["overlong(buffer=0)"], "buffer must be a whole number in 1"),

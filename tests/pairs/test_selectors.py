@@ -37,6 +37,13 @@ def test_the_reference_over_own_answers_by_similarity():
     assert edges("reference_against_own", candidates[:1]) == []
 
 
+def test_sources_in_their_order_whatever_the_scores():
+    candidates = [Candidate("a", "policy", 0.0), Candidate("b", "blur", 0.5), Candidate("c", "policy", 0.0), Candidate("d", "swap", 0.0)]
+    assert edges("by_source", candidates) == [(0, 1, 0), (0, 3, 0), (1, 3, 0), (2, 1, 0), (2, 3, 0)]
+    assert edges("by_source(2)", candidates) == [(0, 1, 0), (2, 3, 0)]
+    assert edges("by_source", candidates[:1] + candidates[2:3], Filters(gap=0.5)) == []
+
+
 def test_correct_over_incorrect():
     candidates = scored(0.0, 1.0, 0.5, 0.2)
     assert edges("correct_against_incorrect", candidates) == [(1, 0, 1.0), (1, 3, 0.8), (2, 0, 0.5), (2, 3, 0.3)]
@@ -57,7 +64,7 @@ def test_what_holds_of_every_selector(name):
         assert len(set(ends)) == len(ends)
         for pair in selection.pairs:
             win, lose = candidates[pair.win], candidates[pair.lose]
-            assert lose.score is not None and pair.margin > 0
+            assert lose.score is not None and (pair.margin > 0 or name == "by_source")
             assert win.source == REFERENCE if win.score is None else win.score - lose.score == pytest.approx(pair.margin)
 
 

@@ -1,8 +1,9 @@
 """What a judge is asked, and how its reply is read: a TOML file each, the package's own in `assets/prompts`.
 
-    kind = "compare"                      # which of two answers is better; or "score": how good one is
+    kind = "compare"                      # which of two answers is better; "score": how good one is; or "edit": another version of one
     text = '''... {question} ... {first} ... {second} ... {reference} ...'''
-    verdict = '''\\[\\[(?P<first>A)|(?P<second>B)|(?P<tie>C)\\]\\]'''        # compare: one of these groups matches; score: (?P<score>...)
+    # compare: one of these groups matches; score: (?P<score>...); edit: (?P<text>...)
+    verdict = '''\\[\\[(?P<first>A)|(?P<second>B)|(?P<tie>C)\\]\\]'''
     scale = [0, 10]                       # score: least and most
 """
 
@@ -15,8 +16,8 @@ from pathlib import Path
 
 from mmalign_jax.errors import UserError
 
-FIELDS = {"compare": ("question", "first", "second", "reference"), "score": ("question", "answer", "reference")}
-_GROUPS = {"compare": {"first", "second", "tie"}, "score": {"score"}}
+FIELDS = {"compare": ("question", "first", "second", "reference"), "score": ("question", "answer", "reference"), "edit": ("question", "answer")}
+_GROUPS = {"compare": {"first", "second", "tie"}, "score": {"score"}, "edit": {"text"}}
 _PLACE = re.compile(r"\{(\w+)\}")
 
 
@@ -52,11 +53,11 @@ class Prompt:
         if unknown := sorted(values.keys() - {"kind", "text", "verdict", "scale"}):
             raise UserError(f"{where}: {unknown[0]} is nothing that a prompt has")
         if kind not in FIELDS or not isinstance(text, str) or not isinstance(pattern, str):
-            raise UserError(f'{where}: a prompt has kind ("compare" or "score"), text and verdict')
+            raise UserError(f'{where}: a prompt has kind ("compare", "score" or "edit"), text and verdict')
         if odd := sorted(set(_PLACE.findall(text)) - set(FIELDS[kind])):
             raise UserError(f"{where}: {{{odd[0]}}} has no value; the text of kind {kind} may hold {', '.join(FIELDS[kind])}")
         try:
-            verdict = re.compile(pattern, re.IGNORECASE)
+            verdict = re.compile(pattern, re.IGNORECASE | (re.DOTALL if kind == "edit" else 0))
         except re.error as error:
             raise UserError(f"{where}: verdict is no regular expression ({error})") from error
         groups = set(verdict.groupindex)
@@ -72,12 +73,14 @@ class Prompt:
         return _PLACE.sub(lambda match: values[match[1]], self.text)
 
     def read(self, reply: str) -> str | float | None:
-        """The verdict of a reply: "first", "second", "tie" or a score; None when there is none, or a score off the scale."""
+        """The verdict of a reply: "first", "second", "tie", a score or a text; None when there is none, or a score off the scale."""
         found = list(self.verdict.finditer(reply))
         if not found:
             return None
         if self.kind == "compare":
             return found[-1].lastgroup
+        if self.kind == "edit":
+            return found[-1]["text"] or None
         try:
             score = float(found[-1]["score"])
         except ValueError:

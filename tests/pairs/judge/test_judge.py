@@ -1,96 +1,23 @@
 """The judge against a real server on loopback that misbehaves in every way it knows."""
 
-import collections
-import http.server
 import json
-import re
-import threading
 import time
 
 import pytest
+from helpers.chat_server import ChatServer
 from helpers.rows import encoded
 
 from mmalign_jax.errors import DataError, UserError
-from mmalign_jax.pairs.judge import Answer, Endpoint, Judge, Prompt, Replies
+from mmalign_jax.pairs.judge import Answer, Asking, Endpoint, Judge, Prompt, Replies
 from mmalign_jax.types import Media
 
 COMPARE = Prompt.load("compare")
 
 
-class Server:
-    """Prefers the answer with "good" in it. `plan(question, times asked before)` says how a request is treated; "ok" is well."""
-
-    def __init__(self, plan=lambda question, before: "ok"):
-        self.plan, self.requests, self.headers, self.lock = plan, [], [], threading.Lock()
-        self.asked = collections.Counter()
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args):
-                pass
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.answer(self, body)
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-    def answer(self, handler, body):
-        text = body["messages"][0]["content"][-1]["text"]
-        question = re.search(r"Question: (.*)", text)[1]
-        with self.lock:
-            before = self.asked[text]
-            self.asked[text] += 1
-            self.requests.append((handler.path, body))
-            self.headers.append(dict(handler.headers))
-        action = self.plan(question, before)
-        if action == "close":
-            handler.close_connection = True
-            handler.connection.close()
-            return
-        if action == "slow":
-            time.sleep(4.0)
-        status = int(action) if action.isdecimal() else 200
-        better = "B" if "good" in re.search(r"Answer B: (.*)", text)[1] else "A"
-        said = {"mute": "I cannot decide.", "always A": "[[B]], no, [[A]]"}.get(action, f"It is better. [[{better}]]")
-        content = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
-        if action == "no JSON":
-            content = b"<html>busy</html>"
-        if action == "odd JSON":
-            content = b'{"choices": []}'
-        if action == "endless":
-            content = b" " * (2 << 20)
-        handler.send_response(status)
-        if status == 429:
-            handler.send_header("Retry-After", "7")
-        handler.send_header("Content-Length", str(len(content) + (50 if action == "cut" else 0)))
-        handler.end_headers()
-        if action == "drip":
-            for byte in content:
-                handler.wfile.write(bytes([byte]))
-                handler.wfile.flush()
-                time.sleep(0.2)
-            return
-        handler.wfile.write(content)
-        if action == "cut":
-            handler.close_connection = True
-
-    def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
-
-
-def judge(server, replies=None, **options):
+def judge(server, replies=None, both_orders=True, **options):
     waits = []
     endpoint = Endpoint(server.url, "critic", key="secret", timeout_s=3.0)  # not less: the machine may be busy
-    made = Judge(endpoint, COMPARE, Replies() if replies is None else replies, sleep=waits.append, **options)
+    made = Judge(endpoint, COMPARE, Replies() if replies is None else replies, both_orders=both_orders, asking=Asking(sleep=waits.append, **options))
     made.waits = waits
     return made
 
@@ -112,7 +39,7 @@ def test_every_trouble_is_survived_and_nothing_is_lost_or_asked_twice(tmp_path):
         start = int(question.split()[1])
         return TROUBLE[(start + 3 * before) % len(TROUBLE)] if before < 2 else "ok"
 
-    with Server(plan) as server:
+    with ChatServer(plan) as server:
         first = judge(server, Replies(tmp_path / "replies.jsonl"))
         verdicts = first(answers(count))
         assert [verdict.value for verdict in verdicts] == [float(n % 2 == 0) for n in range(count)]
@@ -132,7 +59,7 @@ def test_every_trouble_is_survived_and_nothing_is_lost_or_asked_twice(tmp_path):
 
 def test_what_fails_in_the_end_says_why_and_is_asked_again_later(tmp_path):
     broken = {"number 1": "500", "number 2": "mute"}
-    with Server(lambda question, before: broken.get(question, "ok")) as server:
+    with ChatServer(lambda question, before: broken.get(question, "ok")) as server:
         first = judge(server, Replies(tmp_path / "replies.jsonl"), attempts=3)
         verdicts = first(answers(4))
         assert [verdict.value for verdict in verdicts] == [1.0, None, None, 0.0]
@@ -146,13 +73,13 @@ def test_what_fails_in_the_end_says_why_and_is_asked_again_later(tmp_path):
 
 
 def test_a_judge_that_prefers_a_place_sees_ties():
-    with Server(lambda question, before: "always A") as server:
+    with ChatServer(lambda question, before: "always A") as server:
         assert [verdict.value for verdict in judge(server)(answers(3))] == [0.5] * 3
         assert [verdict.value for verdict in judge(server, both_orders=False)(answers(3))] == [1.0] * 3
 
 
 def test_the_same_question_is_asked_once():
-    with Server() as server:
+    with ChatServer() as server:
         one = judge(server)
         assert [verdict.value for verdict in one(answers(1) * 5)] == [1.0] * 5
         assert one.counts.asked == 2 and one([]) == []
@@ -160,7 +87,7 @@ def test_the_same_question_is_asked_once():
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_reply_that_drips_is_given_up():
-    with Server(lambda question, before: "ok" if before else "drip") as server:
+    with ChatServer(lambda question, before: "ok" if before else "drip") as server:
         start = time.monotonic()
         one = judge(server, both_orders=False)
         assert one(answers(1))[0].value == 1.0 and one.counts.failures == {"time-out": 1}
@@ -169,7 +96,7 @@ def test_a_reply_that_drips_is_given_up():
 
 @pytest.mark.parametrize("status", ["400", "401", "404", "302"])
 def test_a_refusal_for_good_stops(status):
-    with Server(lambda question, before: status) as server:
+    with ChatServer(lambda question, before: status) as server:
         with pytest.raises(UserError, match=f"{server.url}: the server refuses with status {status}"):
             judge(server, workers=1)(answers(30))
         assert sum(server.asked.values()) < 10
@@ -177,7 +104,7 @@ def test_a_refusal_for_good_stops(status):
 
 def test_no_server():
     endpoint = Endpoint("http://127.0.0.1:9/v1", "critic", timeout_s=0.5)
-    (verdict,) = Judge(endpoint, COMPARE, Replies(), attempts=2, sleep=lambda wait: None)(answers(1))
+    (verdict,) = Judge(endpoint, COMPARE, Replies(), asking=Asking(attempts=2, sleep=lambda wait: None))(answers(1))
     assert verdict.value is None and verdict.problem == "connection broken, 2 times" and verdict.replies == ("", "")
     with pytest.raises(UserError, match="no address of a server"):
         Judge(Endpoint("localhost:1/v1", "critic"), COMPARE, Replies())(answers(1))
@@ -186,7 +113,7 @@ def test_no_server():
 def test_what_the_server_is_sent(tmp_path):
     picture = Media("image", encoded((1, 2, 3), kind="PNG"))
     video = Media("video", frames=(encoded((4, 5, 6)), encoded((7, 8, 9))), times=(0.0, 1.0))
-    with Server() as server:
+    with ChatServer() as server:
         replies = Replies(tmp_path / "replies.jsonl")
         judge(server, replies, both_orders=False)([Answer("{first} {nothing}?", "a good {second} answer", "bad", pictures=(picture, video))])
         ((path, body),) = server.requests

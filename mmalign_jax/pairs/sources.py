@@ -1,0 +1,255 @@
+"""Where answers to a prompt come from. Sources by name: `("policy", "diffusion(500)")`; the name of a view stands for answers under it.
+
+Every source is called with the policy's parameters, prompts and the number of a draw, and gives a list of answers for each prompt.
+"""
+
+import dataclasses
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from mmalign_jax.config import Config
+from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out_pictures, tokenize
+from mmalign_jax.errors import UserError
+from mmalign_jax.hf.pretrained import Pretrained
+from mmalign_jax.hf.processor import Processor
+from mmalign_jax.mentions import Mentions
+from mmalign_jax.pairs import views
+from mmalign_jax.pairs.calls import Number, Table, Value
+from mmalign_jax.pairs.judge.editor import Editor
+from mmalign_jax.pairs.own_answers import OWN, Own, OwnAnswers, Prompt
+from mmalign_jax.pairs.reward_model import layout_of
+from mmalign_jax.pairs.scorers import reference_text, shown
+from mmalign_jax.pairs.views.table import BY_NAME as VIEWS
+from mmalign_jax.types import PreferenceRecord, record_key
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Gives answers to prompts, in order; each a function of (seed, record, draw), and of the policy where it writes them.
+
+    Raises:
+      DataError, UserError: a record lacks what its answers are made from.
+    """
+
+    def __call__(self, params: dict, prompts: Sequence[Prompt], draw: int) -> list[list[Own]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of source that is not a view."""
+
+    name: str
+    description: str
+    arguments: tuple[Number, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A source as it was written: its name and arguments."""
+
+    name: str
+    arguments: Mapping[str, Value]
+
+    @property
+    def view(self) -> views.View | None:
+        """What its answers see, where it is a view."""
+        return views.View(self.name, tuple(self.arguments.items())) if self.name in VIEWS else None
+
+
+def parse(texts: Sequence[str], where: str = "config.samples.sources") -> tuple[Named, ...]:
+    """Reads sources.
+
+    Raises:
+      UserError: there is none, one comes twice, a view needs more than a picture, or see `calls.Table.read`.
+    """
+    if not texts:
+        raise UserError(f"{where}: answers come from somewhere. Known: {', '.join(_TABLE.kinds)}")
+    out = []
+    for text in texts:
+        named = Named(*_TABLE.read(text, where))
+        if named in out:
+            raise UserError(f"{where}: {text} comes twice")
+        if named.view is not None and named.view.needs:
+            raise UserError(f"{where}: {named.name} needs {', '.join(sorted(named.view.needs))}, which are not at hand when answers are drawn")
+        out.append(named)
+    return tuple(out)
+
+
+def names() -> tuple[str, ...]:
+    """All but the views."""
+    return tuple(_KINDS)
+
+
+def summary(name: str) -> str:
+    return _KINDS[name].description
+
+
+def open_sources(
+    named: Sequence[Named], policy: Pretrained, config: Config, layout: RowLayout, rows: int, mentions: Mentions | None, replies: Path
+) -> tuple[Source, ...]:
+    """The sources, ready to be asked.
+
+    Args:
+      layout, rows: of the policy's prompts, see `OwnAnswers`.
+      mentions: the table of `swap`.
+      replies: file of an editor's replies, unless `config.judge.replies` names one.
+
+    Raises:
+      UserError: a source lacks its table or its endpoint, or the model cannot go on from within an answer.
+    """
+    samples, processor = config.samples, policy.processor
+    drawn = (policy.model, processor, policy.mesh, samples, layout, rows)
+    out: list[Source] = []
+    for one in named:
+        if one.name == OWN or one.view is not None:
+            out.append(OwnAnswers(*drawn, view=one.view))
+        elif one.name == "continued":
+            if processor.traits.prefix_attends:
+                raise UserError("config.samples.sources: this model's prompt sees all of itself, so a reference cannot be continued behind it")
+            out.append(Continued(OwnAnswers(*drawn), processor, layout, one.arguments["cut"]))
+        elif one.name == "dataset":
+            out.append(Dataset(processor))
+        elif one.name == "swap":
+            if mentions is None:
+                raise UserError("config.samples.synonyms: the source swap looks words up in a table; give a JSON file: kind -> words that name it")
+            out.append(Swap(processor, mentions, one.arguments["count"], samples.seed))
+        else:
+            out.append(Edit(processor, Editor.of(config.judge, replies)))
+    return tuple(out)
+
+
+def _given(processor: Processor, text: str, source: str) -> Own:
+    """An answer that nobody drew."""
+    ids = processor.answer_ids(text)[0]
+    return Own(ids, np.full(len(ids), np.nan, np.float32), text, True, source)
+
+
+def _reference(record: PreferenceRecord, source: str) -> str:
+    text = reference_text(record)
+    if not text or record.prefix or not record.complete:
+        raise UserError(f"config.samples.sources: {source} starts from a whole reference answer, which record {record.id} does not have")
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """The answers that the set has, to be scored anew."""
+
+    processor: Processor
+
+    def __call__(self, params: dict, prompts: Sequence[Prompt], draw: int) -> list[list[Own]]:
+        for prompt in prompts:
+            _reference(prompt.record, "dataset")
+        return [[_given(self.processor, one.text, "dataset") for one in prompt.record.responses] for prompt in prompts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Continued:
+    """The reference's beginning, up to the share `cut` of its words, which the policy goes on from without the pictures."""
+
+    own: OwnAnswers
+    processor: Processor
+    layout: RowLayout
+    cut: float
+
+    def __call__(self, params: dict, prompts: Sequence[Prompt], draw: int) -> list[list[Own]]:
+        kept = [self._beginning(prompt.record) for prompt in prompts]
+        limits = {"max_pixels": self.layout.max_pixels, "max_bytes": self.layout.max_bytes}
+        rows: list[RowTokens] = []
+        records = [_without_pictures(prompt.record) for prompt in prompts]
+        for record, ids in zip(records, kept, strict=True):
+            row = tokenize(record, None, self.processor, 0, **limits)
+            rows.append(dataclasses.replace(row, prefix=np.concatenate([row.prefix, ids])))
+        layout = layout_of(rows, self.processor, limits)
+        blind = [Prompt(record, row, lay_out_pictures(record, self.processor, layout, row)) for record, row in zip(records, rows, strict=True)]
+        drawn = self.own(params, blind, draw, layout)
+        return [[self._whole(ids, one) for one in each] for ids, each in zip(kept, drawn, strict=True)]
+
+    def _beginning(self, record: PreferenceRecord) -> np.ndarray:
+        words = _reference(record, "continued").split(" ")
+        text = " ".join(words[: int(self.cut * len(words))])
+        return self.processor.answer_ids(text)[0][:-1] if text.strip() else np.zeros(0, np.int32)
+
+    def _whole(self, ids: np.ndarray, one: Own) -> Own:
+        tokens = np.concatenate([ids, one.tokens]).astype(np.int32)
+        return Own(tokens, np.full(len(tokens), np.nan, np.float32), self.processor.decode(tokens), one.finished, "continued")
+
+
+def _without_pictures(record: PreferenceRecord) -> PreferenceRecord:
+    turns = tuple(dataclasses.replace(turn, parts=tuple(part for part in turn.parts if part.media is None)) for turn in record.turns)
+    return dataclasses.replace(record, turns=turns, media=())
+
+
+@dataclasses.dataclass(frozen=True)
+class Swap:
+    """The reference with some of the things that it names exchanged for things that the picture does not show."""
+
+    processor: Processor
+    mentions: Mentions
+    count: int
+    seed: int
+
+    def __call__(self, params: dict, prompts: Sequence[Prompt], draw: int) -> list[list[Own]]:
+        return [self._answers(prompt.record, draw) for prompt in prompts]
+
+    def _answers(self, record: PreferenceRecord, draw: int) -> list[Own]:
+        """One, or none where the reference names nothing, or nothing could stand in its place."""
+        text = _reference(record, "swap")
+        found = self.mentions(text)
+        there = {mention.kind for mention in found}
+        if "objects" in record.meta:  # what else it names, it denies
+            known = shown(record, self.mentions)
+            found, there = [mention for mention in found if mention.kind in known], there | known
+        if not found:
+            return []
+        drawn = random.Random(f"{self.seed} {record_key(record.id)} {draw}")
+        chosen = sorted(drawn.sample(range(len(found)), min(self.count, len(found))), reverse=True)
+        for mention in (found[number] for number in chosen):  # from the back, so that places stay true
+            others = [kind for kind in self.mentions.kinds if kind not in there and _article(kind) == _article(text[mention.start : mention.stop])]
+            if not others:
+                return []
+            text = text[: mention.start] + drawn.choice(others) + text[mention.stop :]
+        return [_given(self.processor, text, "swap")]
+
+
+def _article(word: str) -> bool:
+    """Whether "an" stands before it."""
+    return word[:1].lower() in "aeiou"
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """The reference as a chat model rewrites it (`config.judge.edit_prompt`)."""
+
+    processor: Processor
+    editor: Editor
+
+    def __call__(self, params: dict, prompts: Sequence[Prompt], draw: int) -> list[list[Own]]:
+        texts = self.editor([(prompt.record, _reference(prompt.record, "edit")) for prompt in prompts])
+        return [[] if text is None else [_given(self.processor, text, "edit")] for text in texts]
+
+
+_KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind(OWN, "`count` answers of the policy to the prompt and its pictures."),
+        Kind(
+            "continued",
+            "`count` answers that begin as the reference, up to the share `cut` of its words, and go on without the pictures (MPO's DropoutNTP, "
+            "arXiv 2411.10442).",
+            (Number("cut", 0.5, low=0.0, high=0.95),),
+        ),
+        Kind("dataset", "the answers that the set has, to be scored anew."),
+        Kind(
+            "swap",
+            "the reference with `count` of the things that it names exchanged for others (by the table of the scorer `objects`).",
+            (Number("count", 1, low=1, high=1000),),
+        ),
+        Kind("edit", "the reference as the chat model of `config.judge` rewrites it; by default it adds a mistake."),
+    )
+}
+_TABLE = Table("source", {**_KINDS, **VIEWS}, "policy or diffusion(500)")

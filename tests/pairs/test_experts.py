@@ -1,0 +1,127 @@
+"""Scorers that ask somebody: a chat model behind an endpoint, a reward model, a critic of claims."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from helpers import checkpoints
+from helpers.chat_server import ChatServer
+from helpers.tiny import record
+
+from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.config import Config, JudgeConfig, SamplesConfig
+from mmalign_jax.errors import UserError
+from mmalign_jax.hf.pretrained import Pretrained
+from mmalign_jax.pairs import experts
+from mmalign_jax.pairs.answers import scorers_of
+from mmalign_jax.pairs.claims import Claims
+from mmalign_jax.pairs.selectors import Candidate
+
+RECORDS = (record("a", "Which one?", "A good cat.", images=[1]), record("b", "And this?", "A dog.", images=[2]))
+ANSWERS = (("a good one", "a bad one", "no"), ("bad", "good"))
+
+
+def candidates(answers):
+    return [[Candidate(text, "policy") for text in texts] for texts in answers]
+
+
+def judged(server, tmp_path, prompt, **options):
+    judge = JudgeConfig(url=server.url, model="critic", prompt=prompt, attempts=2, **options)
+    config = Config(samples=SamplesConfig(scorers=("judge(2)", "missing_end")), judge=judge)
+    scorers = experts.with_experts(scorers_of(config), None, config, tmp_path / "replies.jsonl")
+    for one in RECORDS:
+        scorers.check(one)
+    return scorers
+
+
+def totals(found):
+    return [[one.total for one in each] for each in found]
+
+
+def test_a_judge_that_scores_and_its_replies_are_kept(tmp_path):
+    with ChatServer() as server:
+        first = judged(server, tmp_path, "score")
+        assert totals(first(RECORDS, candidates(ANSWERS))) == [[1.6, 0.4, 0.4], [0.4, 1.6]]
+        assert first.counts == {"judge/asked": 5, "judge/kept": 0, "judge/failed": 0, "judge/lost": 0}
+        again = judged(server, tmp_path, "score")
+        again(RECORDS, candidates(ANSWERS))
+        assert again.counts["judge/kept"] == 5 and again.counts["judge/asked"] == 0
+        assert len(server.requests) == 5 and all(len(body["messages"][0]["content"]) == 2 for _, body in server.requests)  # the picture is shown
+
+
+def test_a_judge_that_compares(tmp_path):
+    """An answer's score is the share of the others that it wins against, in both orders."""
+    with ChatServer() as server:
+        found = judged(server, tmp_path, "compare")(RECORDS, candidates(ANSWERS))
+        # of two bad ones the server prefers whichever stands first: half each
+        assert totals(found) == [[2.0, 0.5, 0.5], [0.0, 2.0]]
+        assert len(server.requests) == 2 * (3 + 1)
+
+
+def test_verdicts_that_are_lost_are_told(tmp_path):
+    with ChatServer(lambda question, before: "mute" if question == "And this?" else "ok") as server:
+        scorers = judged(server, tmp_path, "score")
+        assert totals(scorers(RECORDS, candidates(ANSWERS))) == [[1.6, 0.4, 0.4], [None, None]]
+        assert scorers.counts == {"judge/asked": 7, "judge/kept": 0, "judge/failed": 4, "judge/lost": 2}
+
+
+@pytest.mark.parametrize(
+    ("samples", "judge", "message"),
+    [
+        ({"scorers": ("judge",)}, {}, "config.judge.url: the scorer judge asks"),
+        ({"scorers": ("judge",)}, {"url": "u", "model": "m", "key_variable": "NO_SUCH_KEY"}, "the environment has no NO_SUCH_KEY"),
+        ({"scorers": ("judge",)}, {"url": "u", "model": "m", "prompt": "inject"}, "edits answers and gives no verdict"),
+        ({"scorers": ("reward_model",)}, {}, "config.samples.reward_model: a directory goes with"),
+        ({"scorers": ("exact",), "critic": "somewhere"}, {}, "config.samples.critic: a model goes with"),
+        ({"scorers": ("claims",), "claim": "True?"}, {}, "the question has {claim}"),
+        ({"scorers": ("format",), "pattern": "("}, {}, "no regular expression"),
+        ({"scorers": ("format",)}, {}, "goes with the scorer format"),
+    ],
+)
+def test_settings_that_are_missing_are_named(samples, judge, message):
+    with pytest.raises(UserError, match=message):
+        scorers_of(Config(samples=SamplesConfig(**samples), judge=JudgeConfig(**judge)))
+
+
+def test_a_prompt_with_the_true_answer_asks_for_one(tmp_path):
+    with ChatServer() as server:
+        scorers = judged(server, tmp_path, "sima")
+        with pytest.raises(UserError, match="record bare has none"):
+            scorers.check(dataclasses.replace(RECORDS[0], id="bare", responses=()))
+
+
+@pytest.fixture(scope="module")
+def critic(tmp_path_factory):
+    directory = checkpoints.tiny_llava(tmp_path_factory.mktemp("critic"), seed=5)
+    return Pretrained.read(directory, mesh_lib.make_mesh(devices=jax.devices()[:1]), "float32")
+
+
+def test_claims_are_denied_where_no_is_likelier_than_yes(critic):
+    claims = Claims(critic, "Is this true? {claim}", batch_size=4)
+    answers = (("There is a cat. There is a dog.", "A cup.", ""), ("There is a cat.",))
+    found = claims(RECORDS, answers)
+    assert found[0][2] == 0 and all(score <= 0 and score == int(score) for each in found for score in each)
+    # the same, one question at a time
+    sentences = [(RECORDS[0], "There is a cat."), (RECORDS[0], "There is a dog."), (RECORDS[0], "A cup."), (RECORDS[1], "There is a cat.")]
+    alone = [Claims(critic, "Is this true? {claim}", batch_size=1)([one], [[text]])[0][0] for one, text in sentences]
+    assert [alone[0] + alone[1], alone[2], alone[3]] == [found[0][0], found[0][1], found[1][0]]
+
+
+def test_claims_follow_the_models_logits(critic):
+    """Against the log-probs of the next token, by hand."""
+    from helpers.tiny import batch_of
+
+    claims, model, params = Claims(critic, "{claim}", batch_size=1), critic.model, critic.params("float32")
+    first = {word: int(critic.processor.answer_ids(word)[0][0]) for word in ("Yes", "yes", "No", "no")}
+    seen = set()
+    for number in range(8):
+        text = "There is a cat" + "!" * number
+        batch = batch_of([dataclasses.replace(record("q", text, "-", images=[1]))], critic.processor, answers=0)
+        hidden = model.hidden(params, model.encode_images(params, batch.images, batch.patches), batch)
+        last = int(np.flatnonzero(np.asarray(batch.role)[0] == 1)[-1])
+        probs = np.exp(np.asarray(jax.nn.log_softmax(model.logits(params, hidden[:, last])))[0].astype(np.float64))
+        yes, no = (sum(probs[list({first[word] for word in words})]) for words in (("Yes", "yes"), ("No", "no")))
+        denied = no > yes
+        seen.add(denied)
+        assert claims([RECORDS[0]], [[text]]) == [[-float(denied)]]
