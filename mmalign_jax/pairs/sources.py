@@ -212,7 +212,8 @@ class Swap:
             others = [kind for kind in self.mentions.kinds if kind not in there and _article(kind) == _article(text[mention.start : mention.stop])]
             if not others:
                 return []
-            text = text[: mention.start] + drawn.choice(others) + text[mention.stop :]
+            there.add(other := drawn.choice(others))
+            text = text[: mention.start] + other + text[mention.stop :]
         return [_given(self.processor, text, "swap")]
 
 

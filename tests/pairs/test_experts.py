@@ -3,14 +3,16 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import checkpoints
 from helpers.chat_server import ChatServer
-from helpers.tiny import record
+from helpers.tiny import batch_of, record
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import Config, JudgeConfig, SamplesConfig
+from mmalign_jax.data.device import to_device
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs import experts
@@ -26,12 +28,22 @@ def candidates(answers):
     return [[Candidate(text, "policy") for text in texts] for texts in answers]
 
 
-def judged(server, tmp_path, prompt, **options):
-    judge = JudgeConfig(url=server.url, model="critic", prompt=prompt, attempts=2, **options)
-    config = Config(samples=SamplesConfig(scorers=("judge(2)", "missing_end")), judge=judge)
-    scorers = experts.with_experts(scorers_of(config), None, config, tmp_path / "replies.jsonl")
-    for one in RECORDS:
-        scorers.check(one)
+@pytest.fixture(scope="module")
+def critic(tmp_path_factory):
+    directory = checkpoints.tiny_llava(tmp_path_factory.mktemp("critic"), seed=5)
+    return Pretrained.read(directory, mesh_lib.make_mesh(devices=jax.devices()[:1]), "float32")
+
+
+@pytest.fixture
+def judged(critic, tmp_path):
+    def scorers(server, prompt, **options):
+        judge = JudgeConfig(url=server.url, model="critic", prompt=prompt, attempts=2, **options)
+        config = Config(samples=SamplesConfig(scorers=("judge(2)", "missing_end")), judge=judge)
+        opened = experts.with_experts(scorers_of(config), critic, config, tmp_path / "replies.jsonl")
+        for one in RECORDS:
+            opened.check(one)
+        return opened
+
     return scorers
 
 
@@ -39,29 +51,29 @@ def totals(found):
     return [[one.total for one in each] for each in found]
 
 
-def test_a_judge_that_scores_and_its_replies_are_kept(tmp_path):
+def test_a_judge_that_scores_and_its_replies_are_kept(judged):
     with ChatServer() as server:
-        first = judged(server, tmp_path, "score")
+        first = judged(server, "score")
         assert totals(first(RECORDS, candidates(ANSWERS))) == [[1.6, 0.4, 0.4], [0.4, 1.6]]
         assert first.counts == {"judge/asked": 5, "judge/kept": 0, "judge/failed": 0, "judge/lost": 0}
-        again = judged(server, tmp_path, "score")
+        again = judged(server, "score")
         again(RECORDS, candidates(ANSWERS))
         assert again.counts["judge/kept"] == 5 and again.counts["judge/asked"] == 0
         assert len(server.requests) == 5 and all(len(body["messages"][0]["content"]) == 2 for _, body in server.requests)  # the picture is shown
 
 
-def test_a_judge_that_compares(tmp_path):
+def test_a_judge_that_compares(judged):
     """An answer's score is the share of the others that it wins against, in both orders."""
     with ChatServer() as server:
-        found = judged(server, tmp_path, "compare")(RECORDS, candidates(ANSWERS))
+        found = judged(server, "compare")(RECORDS, candidates(ANSWERS))
         # of two bad ones the server prefers whichever stands first: half each
         assert totals(found) == [[2.0, 0.5, 0.5], [0.0, 2.0]]
         assert len(server.requests) == 2 * (3 + 1)
 
 
-def test_verdicts_that_are_lost_are_told(tmp_path):
+def test_verdicts_that_are_lost_are_told(judged):
     with ChatServer(lambda question, before: "mute" if question == "And this?" else "ok") as server:
-        scorers = judged(server, tmp_path, "score")
+        scorers = judged(server, "score")
         assert totals(scorers(RECORDS, candidates(ANSWERS))) == [[1.6, 0.4, 0.4], [None, None]]
         assert scorers.counts == {"judge/asked": 7, "judge/kept": 0, "judge/failed": 4, "judge/lost": 2}
 
@@ -84,17 +96,11 @@ def test_settings_that_are_missing_are_named(samples, judge, message):
         scorers_of(Config(samples=SamplesConfig(**samples), judge=JudgeConfig(**judge)))
 
 
-def test_a_prompt_with_the_true_answer_asks_for_one(tmp_path):
+def test_a_prompt_with_the_true_answer_asks_for_one(judged):
     with ChatServer() as server:
-        scorers = judged(server, tmp_path, "sima")
+        scorers = judged(server, "sima")
         with pytest.raises(UserError, match="record bare has none"):
             scorers.check(dataclasses.replace(RECORDS[0], id="bare", responses=()))
-
-
-@pytest.fixture(scope="module")
-def critic(tmp_path_factory):
-    directory = checkpoints.tiny_llava(tmp_path_factory.mktemp("critic"), seed=5)
-    return Pretrained.read(directory, mesh_lib.make_mesh(devices=jax.devices()[:1]), "float32")
 
 
 def test_claims_are_denied_where_no_is_likelier_than_yes(critic):
@@ -110,17 +116,18 @@ def test_claims_are_denied_where_no_is_likelier_than_yes(critic):
 
 def test_claims_follow_the_models_logits(critic):
     """Against the log-probs of the next token, by hand."""
-    from helpers.tiny import batch_of
-
     claims, model, params = Claims(critic, "{claim}", batch_size=1), critic.model, critic.params("float32")
     first = {word: int(critic.processor.answer_ids(word)[0][0]) for word in ("Yes", "yes", "No", "no")}
     seen = set()
     for number in range(8):
         text = "There is a cat" + "!" * number
-        batch = batch_of([dataclasses.replace(record("q", text, "-", images=[1]))], critic.processor, answers=0)
-        hidden = model.hidden(params, model.encode_images(params, batch.images, batch.patches), batch)
+        batch = batch_of([record("q", text, "-", images=[1])], critic.processor, answers=0)
+        with jax.set_mesh(critic.mesh):
+            batch = to_device(jax.device_get(batch), critic.mesh, batch_axis=0)
+            hidden = jax.device_get(model.hidden(params, model.encode_images(params, batch.images, batch.patches), batch))
+        hidden = jnp.asarray(hidden)
         last = int(np.flatnonzero(np.asarray(batch.role)[0] == 1)[-1])
-        probs = np.exp(np.asarray(jax.nn.log_softmax(model.logits(params, hidden[:, last])))[0].astype(np.float64))
+        probs = np.exp(np.asarray(jax.nn.log_softmax(hidden[0, last] @ jnp.asarray(jax.device_get(model.head(params))))).astype(np.float64))
         yes, no = (sum(probs[list({first[word] for word in words})]) for words in (("Yes", "yes"), ("No", "no")))
         denied = no > yes
         seen.add(denied)
