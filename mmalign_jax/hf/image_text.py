@@ -73,9 +73,9 @@ class ImageTextEncoder:
         return len(self._ids(text)) <= self.max_tokens
 
     def pieces(self, text: str) -> list[str]:
-        """The text, without white space around it, where it fits; else its halves, cut at the white space that is nearest the middle, and their halves, until all fit.
+        """The text, without white space around it, where it fits; else its halves, and their halves, until all fit.
 
-        A word that does not fit is cut within.
+        It is cut at the white space that is nearest the middle; a word that does not fit is cut within.
         """
         text = text.strip()
         if self.fits(text):

@@ -101,7 +101,8 @@ def entries_of(v: VisionConfig, count: int) -> tuple[Entry, ...]:
 def tower_behind(config: MllmConfig) -> tuple[Entry, ...]:
     """What a complete checkpoint has besides: the layers behind the last that is used, and the last norm."""
     used, total = config.used_vision_layers, config.vision.layers
-    layers = [dataclasses.replace(entry, name=entry.name.format(n), layers=None) for entry in layer_entries(config.vision, used) for n in range(used, total)]
+    entries = layer_entries(config.vision, used)
+    layers = [dataclasses.replace(entry, name=entry.name.format(n), layers=None) for entry in entries for n in range(used, total)]
     last = () if config.vision.post_norm else norm(("vision_tower", "post_norm"), "vision.post_layernorm", config.vision.width, True, None)
     return (*layers, *last)
 

@@ -95,7 +95,7 @@ def test_a_picture_that_comes_again_is_encoded_once(clip, monkeypatch):
 
 
 def test_a_mesh_of_the_caller_does_not_matter(siglip):
-    shown, expected = pictures(3), None
+    shown = pictures(3)
     expected = ImageTextEncoder.load(siglip).similarity(shown, TEXTS[:3])
     with jax.set_mesh(mesh_lib.make_mesh(data=2, fsdp=2, tensor=2)):
         np.testing.assert_allclose(ImageTextEncoder.load(siglip).similarity(shown, TEXTS[:3]), expected, atol=1e-6)
@@ -136,7 +136,7 @@ def inside(part, **values):
 @pytest.mark.parametrize(
     ("kind", "file", "change", "message"),
     [
-        ("clip", "config.json", lambda v: v | {"model_type": "siglip2"}, "model_type 'siglip2' is no image-text encoder that is known here; clip and"),
+        ("clip", "config.json", lambda v: v | {"model_type": "siglip2"}, "model_type 'siglip2' is no image-text encoder that is known here; clip"),
         ("clip", "config.json", inside("vision_config", patch_size=[7, 7]), r"vision_config.patch_size = \[7, 7\] is no size"),
         ("clip", "config.json", inside("text_config", hidden_act="mish"), "text_config.hidden_act"),
         ("clip", "config.json", inside("text_config", num_attention_heads=5), "text_config.num_attention_heads = 5 does not divide hidden_size = 12"),
