@@ -129,6 +129,19 @@ def changed(directory, tmp_path, file, change):
     return copy
 
 
+@pytest.mark.parametrize(
+    ("name", "plain"), [("SiglipTokenizer", "there is a cat"), ("Siglip2Tokenizer", "there is, a cat."), ("GemmaTokenizerFast", "there is, a cat.")]
+)
+def test_texts_are_made_plain_as_the_kind_of_tokenizer_does(name, plain, siglip, tmp_path):
+    """SigLIP reads neither capitals nor punctuation, SigLIP 2 no capitals; files of tokenizers do not always say so."""
+    directory = changed(siglip, tmp_path, "tokenizer_config.json", lambda v: v | {"tokenizer_class": name})
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    ids = ImageTextEncoder.load(directory)._ids
+    assert ids("There is, a CAT.") == tokenizer.encode(plain).ids and ids("") == [1]
+
+
 def inside(part, **values):
     return lambda v: v | {part: v[part] | values}
 
