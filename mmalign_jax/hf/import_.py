@@ -67,11 +67,22 @@ def load_params(
       UserError: a tensor is unknown, missing, there twice, or has another shape or type than the config says.
       DataError: a file is corrupt.
     """
+    return load_tree(directory, families.of(config).names(config), shardings, dtype, wanted)
+
+
+def load_tree(
+    directory: str | pathlib.Path,
+    table: names.NameTable,
+    shardings: Mapping | None = None,
+    dtype: Any = np.float32,
+    wanted: Callable[[names.Path], bool] | None = None,
+) -> dict:
+    """`load_params` of the model whose tensors a table names."""
     directory = pathlib.Path(directory)
-    found = match(open_weights(directory), config, directory)
+    found = match_table(open_weights(directory), table, directory)
     dtype = np.dtype(dtype)
     leaves = {}
-    for entry in families.of(config).names(config).entries:
+    for entry in table.entries:
         if wanted is not None and not wanted(entry.path):
             continue
         sharding = None if shardings is None else names.leaf_at(shardings, entry.path)
@@ -105,7 +116,11 @@ def match(weights: Mapping[str, Tensor], config: MllmConfig, directory: pathlib.
     Raises:
       UserError: see `load_params`.
     """
-    table = families.of(config).names(config)
+    return match_table(weights, families.of(config).names(config), directory)
+
+
+def match_table(weights: Mapping[str, Tensor], table: names.NameTable, directory: pathlib.Path) -> dict[str, tuple[str, Tensor]]:
+    """`match` of the model whose tensors a table names."""
     found = by_reduced_name(weights, table, directory)
     wanted = {name: entry for entry in table.entries for name in entry.names}
     extra = [found[name][0] for name in found if name not in wanted and not table.unused(name)]

@@ -60,10 +60,9 @@ def patch_entry(v: VisionConfig, name: str) -> tuple[Entry, ...]:
     return (kernel, Entry((*path, "bias"), f"{name}.bias", (v.width,), (v.width,))) if v.patch_bias else (kernel,)
 
 
-def _layers(config: MllmConfig) -> tuple[Entry, ...]:
-    v, count = config.vision, config.used_vision_layers
-    split = (v.heads, v.width // v.heads)
-    path, name = ("vision_tower", "layers"), _LAYER
+def layer_entries(v: VisionConfig, count: int, part: str = "vision_tower", name: str = _LAYER) -> tuple[Entry, ...]:
+    """The first `count` layers of a tower, by reduced name with `{}` for the layer."""
+    split, path = (v.heads, v.width // v.heads), (part, "layers")
     return (
         *norm((*path, "norm1"), name + "layer_norm1", v.width, True, count),
         *linear((*path, "attention", "query"), name + "self_attn.q_proj", (v.width,), split, True, count),
@@ -78,12 +77,17 @@ def _layers(config: MllmConfig) -> tuple[Entry, ...]:
 
 def tower_entries(config: MllmConfig) -> tuple[Entry, ...]:
     """Every tensor of the tower that the tree holds, by reduced name."""
-    v, embedding = config.vision, ("vision_tower", "embedding")
+    return entries_of(config.vision, config.used_vision_layers)
+
+
+def entries_of(v: VisionConfig, count: int) -> tuple[Entry, ...]:
+    """`tower_entries` of a tower whose first `count` layers are used."""
+    embedding = ("vision_tower", "embedding")
     positions = (v.patches + int(v.class_token), v.width)
     entries = [
         *patch_entry(v, "vision.embeddings.patch_embedding"),
         Entry((*embedding, "positions"), "vision.embeddings.position_embedding.weight", positions, positions),
-        *_layers(config),
+        *layer_entries(v, count),
     ]
     if v.class_token:
         entries.append(Entry((*embedding, "class_token"), "vision.embeddings.class_embedding", (v.width,), (v.width,)))
@@ -97,7 +101,8 @@ def tower_entries(config: MllmConfig) -> tuple[Entry, ...]:
 def tower_behind(config: MllmConfig) -> tuple[Entry, ...]:
     """What a complete checkpoint has besides: the layers behind the last that is used, and the last norm."""
     used, total = config.used_vision_layers, config.vision.layers
-    layers = [dataclasses.replace(entry, name=entry.name.format(n), layers=None) for entry in _layers(config) for n in range(used, total)]
+    entries = layer_entries(config.vision, used)
+    layers = [dataclasses.replace(entry, name=entry.name.format(n), layers=None) for entry in entries for n in range(used, total)]
     last = () if config.vision.post_norm else norm(("vision_tower", "post_norm"), "vision.post_layernorm", config.vision.width, True, None)
     return (*layers, *last)
 
@@ -112,5 +117,5 @@ def tower_unused(reduced: str, config: MllmConfig) -> bool:
     if reduced.startswith(("vision.", "decoder.")) and reduced.endswith((".position_ids", "rotary_emb.inv_freq")):
         return True
     layer = re.fullmatch(r"vision\.encoder\.layers\.(\d+)\.(.+)", reduced)
-    tensors = {entry.name.removeprefix(_LAYER) for entry in _layers(config)}
+    tensors = {entry.name.removeprefix(_LAYER) for entry in layer_entries(config.vision, config.used_vision_layers)}
     return layer is not None and config.used_vision_layers <= int(layer[1]) < config.vision.layers and layer[2] in tensors

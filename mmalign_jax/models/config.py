@@ -116,6 +116,7 @@ class VisionConfig:
       full_layers: layers that see the whole picture though there are windows.
       merge: side of the square of patches that becomes one image token; patches arrive in this order.
       taps: layers whose outputs go to the decoder's first layers besides (DeepStack, arXiv 2406.04334).
+      causal: no token sees those behind it. For towers of texts, which are made of the same blocks (`models.image_text`).
     """
 
     image_size: int
@@ -146,6 +147,7 @@ class VisionConfig:
     full_layers: tuple[int, ...] = ()
     merge: int = 1
     taps: tuple[int, ...] = ()
+    causal: bool = False
     lora: Lora | None = None
 
     @property

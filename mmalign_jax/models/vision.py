@@ -20,14 +20,16 @@ def norm(config: VisionConfig, name: str) -> nn.Module:
     return RMSNorm(config.norm_eps, name=name) if config.norm == "rms" else LayerNorm(config.norm_eps, name=name)
 
 
-def _attend(query: Array, key: Array, value: Array, mask: Bool[Array, "B M #N N"] | None) -> Array:
+def attend(query: Array, key: Array, value: Array, mask: Bool[Array, "B M #N N"] | None) -> Array:
     scores = jnp.einsum("bmqhe,bmkhe->bmhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, _NEVER)
     return jnp.einsum("bmhqk,bmkhe->bmqhe", jax.nn.softmax(scores, axis=-1).astype(value.dtype), value)
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
+    """Attention within each of a row's M tiles or windows."""
+
     config: VisionConfig
 
     @nn.compact
@@ -50,7 +52,8 @@ class _Attention(nn.Module):
         if c.qk_norm:
             query, key = RMSNorm(c.qk_norm_eps, axes=2, name="query_norm")(query), RMSNorm(c.qk_norm_eps, axes=2, name="key_norm")(key)
         if patches is None:
-            mixed = _attend(query, key, value, None)
+            slots = query.shape[2]
+            mixed = attend(query, key, value, jnp.tri(slots, dtype=bool)[None, None] if c.causal else None)
         else:
             mixed = self._of_pictures(query, key, value, full, patches)
         out_args = ((heads, head, c.width), ("heads", None, "embed"), (*_ROWS, None), (c.width,), (None,), c.lora)
@@ -70,16 +73,18 @@ class _Attention(nn.Module):
         def whole(query: Array, key: Array, value: Array) -> Array:
             shape = (windows[0], 1, windows[1] * windows[2], *windows[3:])
             axes = (*_ROWS, "heads", None)
-            mixed = _attend(*(mesh.reshape(x, shape, *axes) for x in (query, key, value)), segment_mask(patches)[:, None])
+            mixed = attend(*(mesh.reshape(x, shape, *axes) for x in (query, key, value)), segment_mask(patches)[:, None])
             return mesh.reshape(mixed, windows, *axes)
 
         if not c.window:
             return whole(query, key, value)
-        within = lambda query, key, value: _attend(query, key, value, window_mask(patches, windows[2]))  # noqa: E731
+        within = lambda query, key, value: attend(query, key, value, window_mask(patches, windows[2]))  # noqa: E731
         return jax.lax.cond(full, whole, within, query, key, value)
 
 
-class _Mlp(nn.Module):
+class Mlp(nn.Module):
+    """Two linears with an activation between them, and a gate where the config has one."""
+
     config: VisionConfig
 
     @nn.compact
@@ -94,7 +99,7 @@ class _Mlp(nn.Module):
         return Linear(*down_args, name="down")(up)
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Carries the hidden state, and the few hidden states that are kept (`kept [k B M N Z]`, None for none): not those of all layers.
 
     `place` is where this layer's goes, -1 for nowhere.
@@ -109,8 +114,8 @@ class _Block(nn.Module):
         def scaled(name: str, added: Array) -> Array:
             return added * self.param(name, nn.initializers.ones, (c.width,)).astype(added.dtype) if c.layer_scale else added
 
-        x = x + scaled("scale1", _Attention(c, name="attention")(norm(c, "norm1")(x), full, patches))
-        x = x + scaled("scale2", _Mlp(c, name="mlp")(norm(c, "norm2")(x)))
+        x = x + scaled("scale1", Attention(c, name="attention")(norm(c, "norm1")(x), full, patches))
+        x = x + scaled("scale2", Mlp(c, name="mlp")(norm(c, "norm2")(x)))
         if kept is not None:
             kept = jnp.where((jnp.arange(kept.shape[0]) == place)[:, None, None, None, None], x, kept)
         return (x, kept), None
@@ -133,12 +138,12 @@ class VisionTower(nn.Module):
         """
         c, v = self.config, self.config.vision
         if patches is None:
-            x = _TileEmbedding(v, name="embedding")(pixels)
+            x = TileEmbedding(v, name="embedding")(pixels)
         else:
             x = PatchEmbedding(v, name="embedding")(pixels, patches)
             x = mesh.reshape(x, (x.shape[0], -1, v.window_slots if v.window else x.shape[1], v.width), *_ROWS, None)
         used, wanted = c.used_vision_layers, self._wanted()
-        block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         keep = sorted({layer for layer in wanted if layer not in (0, used)})
         stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=used, in_axes=(0, 0, nn.broadcast))
         first, full = x, jnp.array([layer in v.full_layers for layer in range(used)])
@@ -160,7 +165,9 @@ class VisionTower(nn.Module):
         return [layer if layer >= 0 else v.layers + 1 + layer for layer in self.config.feature_layers] + [tap + 1 for tap in v.taps]
 
 
-class _TileEmbedding(nn.Module):
+class TileEmbedding(nn.Module):
+    """Pixels of tiles to tokens: patches, behind a class token where there is one, with their positions."""
+
     config: VisionConfig
 
     @nn.compact
