@@ -137,6 +137,7 @@ class SamplesConfig:
     synonyms: str = setting("", help="JSON file for the scorer objects and the source swap: kind -> words; the built-in world has its own")
     pattern: str = setting("", help="regular expression that the scorer format looks for a whole answer to be")
     reward_model: str = setting("", help="directory of the scorer reward_model, the export of a run with that objective")
+    clip: str = setting("", help="directory of the scorer clip: a CLIP or SigLIP model")
     critic: str = setting("", help="directory of the model that the scorer claims asks; empty: the policy as it is when the run begins")
     claim: str = setting("Is this true of the picture? {claim}", help="how the scorer claims asks about a sentence, to be answered with yes or no")
     unfinished: bool = setting(

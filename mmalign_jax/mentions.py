@@ -47,8 +47,10 @@ class Mentions:
                     raise UserError(f"synonyms: {kind!r} has the term {term!r}, which has no word in it")
                 if (other := self._kinds.setdefault(words, kind)) != kind:
                     raise UserError(f"synonyms: {term!r} is a term of {other!r} and of {kind!r}; leave it with one of them")
+        self._plurals: set[tuple[str, ...]] = set()
         for words, kind in tuple(self._kinds.items()):
             for plural in _plurals(words[-1]):
+                self._plurals.add((*words[:-1], plural))
                 self._kinds.setdefault((*words[:-1], plural), kind)  # what the table says itself stands above a rule
         self.kinds = tuple(synonyms)
         self._longest = max(map(len, self._kinds), default=0)
@@ -67,6 +69,11 @@ class Mentions:
             else:
                 at += 1
         return tuple(out)
+
+    def name(self, kind: str, like: str) -> str:
+        """What a text may call the kind in the place of `like`, which names another one: its name, in the plural where `like` is one."""
+        last = kind.split()[-1]
+        return kind[: len(kind) - len(last)] + _plurals(last)[0] if _words(like) in self._plurals else kind
 
     def kind(self, name: str) -> str:
         """The kind that a truth's object name stands for.

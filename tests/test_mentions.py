@@ -44,3 +44,9 @@ def test_a_term_of_two_kinds_is_refused():
 def test_what_the_table_says_stands_above_the_plural_rule():
     table = Mentions({"glass": [], "spectacles": ["glasses"]})
     assert [mention.kind for mention in table("a glass, glasses")] == ["glass", "spectacles"]
+
+
+def test_a_kind_in_the_place_of_another():
+    table = Mentions({"cat": ("cats", "kitten"), "baby bird": (), "box": (), "glass": ()})
+    pairs = [("cat", "box"), ("cats", "box"), ("Kittens", "baby bird"), ("boxes", "cat"), ("glass", "box"), ("glasses", "box")]
+    assert [table.name(kind, like) for like, kind in pairs] == ["box", "boxes", "baby birds", "cats", "box", "boxes"]

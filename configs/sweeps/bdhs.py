@@ -1,5 +1,7 @@
 """BDHS in its variants on the built-in world, with the quickstart's training: how rejected answers come about is all that differs.
 
+    python launch/make_pairs.py --config configs/pairs/swap.py --model mmalign_jax/assets/scenes_sft --data scenes \\
+        --config.scenes.align=300 --out runs/edited
     python launch/sweep.py --config configs/sweeps/bdhs.py --run --keep_going --jobs 2
     python launch/table.py --runs runs/sweeps/bdhs
 
@@ -18,6 +20,7 @@ VARIANTS = {
     "hidden 0.99": {"pairs.rho_th": 0.99},
     "blind": {"pairs.rho_th": 1.0},
     "per sentence": {"pairs.per_sentence": True},
+    "union with edited answers": {"pairs.gamma": 0.5, "data.format": "records", "data.path": "runs/edited"},
 }
 
 

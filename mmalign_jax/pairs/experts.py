@@ -1,14 +1,15 @@
-"""Scorers that are more than a rule, opened from their settings: a judge behind an endpoint, a reward model, a critic of single claims."""
+"""Scorers that are more than a rule, opened from their settings: a judge behind an endpoint, a reward model, CLIP, a critic of single claims."""
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from mmalign_jax.config import Config, JudgeConfig
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs.claims import Claims
+from mmalign_jax.pairs.clip_score import ClipScorer
 from mmalign_jax.pairs.judge import Answer, Judge, Prompt
 from mmalign_jax.pairs.judge.settings import asking_of, check_endpoint, endpoint_of, question_of, replies_of
 from mmalign_jax.pairs.reward_model import RewardModel
@@ -22,8 +23,9 @@ def check_settings(scorers: Scorers, config: Config) -> None:
         check_endpoint(config.judge, "the scorer judge")
         if Prompt.load(config.judge.prompt).kind == "edit":
             raise UserError(f"config.judge.prompt: {config.judge.prompt} edits answers and gives no verdict on them; choose another one")
-    if ("reward_model" in scorers.expected) != bool(config.samples.reward_model):
-        raise UserError("config.samples.reward_model: a directory goes with the scorer reward_model, and only with it")
+    for name in ("reward_model", "clip"):
+        if (name in scorers.expected) != bool(getattr(config.samples, name)):
+            raise UserError(f"config.samples.{name}: a directory goes with the scorer {name}, and only with it")
     if "claims" in scorers.expected and "{claim}" not in config.samples.claim:
         raise UserError("config.samples.claim: the question has {claim} where the sentence stands")
     if config.samples.critic and "claims" not in scorers.expected:
@@ -45,7 +47,11 @@ def with_experts(scorers: Scorers, policy: Pretrained, config: Config, replies: 
         if name == "judge":
             experts[name] = Judged.of(config.judge, replies)
         elif name == "reward_model":
-            experts[name] = Rewarded(RewardModel.read(config.samples.reward_model, policy.mesh, config.model.compute_dtype, limits=config.data))
+            model = RewardModel.read(config.samples.reward_model, policy.mesh, config.model.compute_dtype, limits=config.data)
+            experts[name] = Model(model.scores)
+        elif name == "clip":
+            clip = ClipScorer.read(config.samples.clip, limits=config.data)
+            experts[name] = Model(clip.scores, clip.check)
         else:
             critic = Pretrained.read(Path(config.samples.critic), policy.mesh, config.model.compute_dtype) if config.samples.critic else policy
             experts[name] = Claims(critic, config.samples.claim, limits=config.data)
@@ -98,15 +104,17 @@ def _won(count: int, first_wins: Mapping[tuple[int, int], float | None]) -> list
     return out
 
 
-@dataclasses.dataclass(frozen=True)
-class Rewarded:
-    """The scores of a reward model."""
+def _of_all(record: PreferenceRecord) -> None:
+    """Any record will do."""
 
-    model: RewardModel
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that scores whole answers, and which records it can score them of."""
+
+    scores: Callable[[Sequence[PreferenceRecord], Sequence[Sequence[str]]], list[list[float]]]
+    check: Callable[[PreferenceRecord], None] = _of_all
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-    def check(self, record: PreferenceRecord) -> None:
-        """Scores answers to all."""
-
     def __call__(self, records: Sequence[PreferenceRecord], answers: Sequence[Sequence[str]]) -> list[list[float | None]]:
-        return self.model.scores(records, answers)
+        return [list(each) for each in self.scores(records, answers)]

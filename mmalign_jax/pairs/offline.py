@@ -136,7 +136,7 @@ def identity(policy: Pretrained, records: builder.RecordSource, config: Config) 
             settings["synonyms"] = read_json(Path(config.samples.synonyms))
         settings |= _of_chat_models(config)
     limits = {name: getattr(config.data, name) for name in _MATTER}
-    asked = (config.samples.reward_model, config.samples.critic) if config.pairs.maker == "samples" else ()
+    asked = (config.samples.reward_model, config.samples.clip, config.samples.critic) if config.pairs.maker == "samples" else ()
     others = [Path(directory) for directory in (policy.adapter, config.pairs.encoder, *asked) if directory]
     files = [file for directory in (policy.path, *others) for file in _model_files(directory)]
     parts = [VERSION, files, policy.model.dtype, records.prepared.fingerprint, settings, limits]

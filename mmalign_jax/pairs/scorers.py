@@ -263,6 +263,7 @@ _KINDS: dict[str, Rule | ExpertKind] = {
         Rule("overlong", overlong, (_weight(1.0), Number("buffer", 32, low=1, high=1_000_000))),
         ExpertKind("judge", "What the chat model of `config.judge` says: the share of its scale, or of comparisons won.", (_weight(1.0),)),
         ExpertKind("reward_model", "The score of the reward model in the directory `config.samples.reward_model`.", (_weight(1.0),)),
+        ExpertKind("clip", "The cosine of its sentences with the pictures, by the encoder in `config.samples.clip` (CLIP-DPO).", (_weight(1.0),)),
         ExpertKind(
             "claims",
             "Minus the number of sentences that a model, asked `config.samples.claim`, denies rather than affirms (RLAIF-V, arXiv 2405.17220).",

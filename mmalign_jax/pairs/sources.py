@@ -213,7 +213,8 @@ class Swap:
             if not others:
                 return []
             there.add(other := drawn.choice(others))
-            text = text[: mention.start] + other + text[mention.stop :]
+            name = self.mentions.name(other, like=text[mention.start : mention.stop])
+            text = text[: mention.start] + name + text[mention.stop :]
         return [_given(self.processor, text, "swap")]
 
 

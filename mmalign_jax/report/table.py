@@ -5,10 +5,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mmalign_jax.config import PairsConfig
 from mmalign_jax.errors import UserError
 from mmalign_jax.files import read_json
 
 BEFORE = "before training"
+_PAIR_COUNTS = "pairs.json"
+_BDHS = ("rho_th", "mask_scope", "noise_steps", "guided", "n_iter", "eps", "temperature", "similarity", "gamma")  # they tell methods apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +23,7 @@ class RunScores:
     scores: Mapping[tuple[str, str], float]
     steps: int | None = None  # None: before training
     rows: int | None = None  # of one step
+    pairs: Mapping = dataclasses.field(default_factory=dict)  # how they came out, where they were made before training
 
 
 def read_runs(root: Path) -> tuple[RunScores, ...]:
@@ -37,7 +41,9 @@ def read_runs(root: Path) -> tuple[RunScores, ...]:
         # runs that start from the same model measure the same
         if values and not any(one.scores == values for one in before):
             before.append(RunScores(f"{BEFORE}, {Path(config['model']['path']).name}", seed, values))
-        after.append(RunScores(label_of(config), seed, _values(rows, "after"), summary["steps"], config["train"]["batch_size"]))
+        counts = file.with_name(_PAIR_COUNTS)
+        pairs = read_json(counts) if counts.is_file() else {}
+        after.append(RunScores(label_of(config), seed, _values(rows, "after"), summary["steps"], config["train"]["batch_size"], pairs))
     if not after:
         raise UserError(f"{root}: no finished run (no */summary.json)")
     return (*before, *after)
@@ -53,10 +59,17 @@ def label_of(config: Mapping) -> str:
     given = {key: value for key, value in objective.items() if key != "name" and value is not None}
     others = [f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in given.items()]
     label = objective["name"] + (f" ({', '.join(others)})" if others else "")
+    if pairs["maker"] == "bdhs":
+        usual = PairsConfig()
+        for name in _BDHS:
+            if (value := pairs.get(name, getattr(usual, name))) != getattr(usual, name):  # not there: a setting that came later
+                label += f", {name} {value:g}" if isinstance(value, float) else f", {name} {value}"
     if pairs["per_sentence"]:
         label += ", per-sentence pairs"
     if pairs["maker"] == "samples":
         label += f", {samples['count']} samples"
+        sources = samples.get("sources", ["policy"])  # a setting that came later
+        label += f" of {', '.join(sources)}" if sources != ["policy"] else ""
         label += f", {samples['offline_share']:.0%} own pairs" if samples["offline_share"] else ""
     if pairs["when"] == "online":
         label += ", online"
@@ -82,6 +95,23 @@ def markdown(runs: Sequence[RunScores], group: str, names: Sequence[str], percen
             cells.append(_cell(values))
         work = ", ".join(dict.fromkeys(f"{run.steps} x {run.rows}" for run in mine if run.steps is not None)) or "-"
         lines.append(f"| {label} | {work} | {len(mine)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def pair_markdown(runs: Sequence[RunScores]) -> str:
+    """A Markdown table of the pairs that runs with BDHS made before training: records, pairs, and the share of records that ended in each
+    iteration (percent; all that reach the last one end there). Empty where there are none."""
+    runs = [run for run in runs if run.pairs.get("by_iteration")]
+    if not runs:
+        return ""
+    most = max(int(number) for run in runs for number in run.pairs["by_iteration"])
+    lines = ["| method | seeds | records | pairs | unchanged | " + " | ".join(f"iteration {n}" for n in range(1, most + 1)) + " |"]
+    lines.append("|---" * (5 + most) + "|")
+    for label in dict.fromkeys(run.label for run in runs):
+        mine = [run.pairs for run in runs if run.label == label]
+        shares = [[100 * one["by_iteration"].get(str(n), 0) / one["records"] for one in mine] for n in range(1, most + 1)]
+        counts = [f"{statistics.mean(one[name] for one in mine):.0f}" for name in ("records", "pairs", "unchanged")]
+        lines.append(f"| {label} | {len(mine)} | {' | '.join(counts)} | {' | '.join(map(_cell, shares))} |")
     return "\n".join(lines)
 
 

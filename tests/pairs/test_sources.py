@@ -18,6 +18,7 @@ from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.mentions import Mentions
 from mmalign_jax.pairs import sources
 from mmalign_jax.pairs.own_answers import Prompt
+from mmalign_jax.types import Response
 
 RECORDS = [
     dataclasses.replace(record("two", "What is there?", "A cat sits beside a dog.", "Nothing.", images=[1, 2]), meta={"objects": ["cat", "dog"]}),
@@ -98,6 +99,8 @@ def test_swapped_things_are_not_there(ask):
     assert texts(ask("swap")) == found and texts(ask("swap(2)"))[0] == []  # one thing is left to take two places
     seen = {texts(ask("swap", draw=draw))[1][0] for draw in range(8)}
     assert len(seen) == 2
+    many = dataclasses.replace(RECORDS[0], responses=(Response("Two cats."),))
+    assert texts(ask("swap", [many])) == [["Two cups."]]
 
 
 def test_an_editors_answers_and_those_it_does_not_give(ask):
