@@ -52,7 +52,8 @@ class Mentions:
             for plural in _plurals(words[-1]):
                 self._plurals.add((*words[:-1], plural))
                 self._kinds.setdefault((*words[:-1], plural), kind)  # what the table says itself stands above a rule
-        self.kinds = tuple(synonyms)
+        self.kinds, self._synonyms = tuple(synonyms), synonyms
+        self._lists_plurals = any(_words(term) in self._plurals for terms in synonyms.values() for term in terms)
         self._longest = max(map(len, self._kinds), default=0)
 
     def __call__(self, text: str) -> tuple[Mention, ...]:
@@ -71,9 +72,16 @@ class Mentions:
         return tuple(out)
 
     def name(self, kind: str, like: str) -> str:
-        """What a text may call the kind in the place of `like`, which names another one: its name, in the plural where `like` is one."""
+        """What a text may call the kind in the place of `like`, which names another one: its name, in the plural where `like` is one.
+
+        A table that lists plurals is taken at its word: a kind of it without one ("fish") has none.
+        """
+        if _words(like) not in self._plurals:
+            return kind
+        if self._lists_plurals:
+            return next((term for term in self._synonyms[kind] if _words(term) in self._plurals), kind)
         last = kind.split()[-1]
-        return kind[: len(kind) - len(last)] + _plurals(last)[0] if _words(like) in self._plurals else kind
+        return kind[: len(kind) - len(last)] + _plurals(last)[0]
 
     def kind(self, name: str) -> str:
         """The kind that a truth's object name stands for.
