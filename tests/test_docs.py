@@ -8,7 +8,7 @@ import pytest
 
 from mmalign_jax import losses
 from mmalign_jax.config import PairsConfig, SamplesConfig, from_mapping
-from mmalign_jax.pairs import scorers, views
+from mmalign_jax.pairs import scorers, sources, views
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
@@ -52,15 +52,16 @@ def test_the_page_on_bdhs_has_every_setting_with_its_default():
 
 def test_the_page_on_own_answers_has_every_setting_and_scorer():
     page = (ROOT / "docs/own_answers.md").read_text(encoding="utf-8")
-    settings = page[page.index("## What can be chosen") : page.index("## Scorers")]
+    settings = page[page.index("## What can be chosen") : page.index("## Sources")]
     rows = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in settings.splitlines() if row.startswith("| `")]
     fields = {field.name: field.default for field in dataclasses.fields(SamplesConfig)}
     assert sorted(name for row in rows for name in row) == sorted(fields)
     for name in ("count", "max_tokens", "batch_size", "gap", "offline_share"):
         (row,) = (row for row in settings.splitlines() if row.startswith("| `") and f"`{name}`" in row.split("|")[1])
         assert f"{fields[name]:g}" in row.split("|")[2], name
-    listed = re.search(r"<!-- scorers -->\n(.*?)\n<!-- /scorers -->", page, re.DOTALL)[1]
-    assert listed == "\n".join(["| name | |", "|---|---|", *(f"| `{name}` | {scorers.summary(name)} |" for name in scorers.names())])
+    for marker, parts in (("scorers", scorers), ("sources", sources)):
+        listed = re.search(rf"<!-- {marker} -->\n(.*?)\n<!-- /{marker} -->", page, re.DOTALL)[1]
+        assert listed == "\n".join(["| name | |", "|---|---|", *(f"| `{name}` | {parts.summary(name)} |" for name in parts.names())])
 
 
 def test_settings_that_the_page_names_exist():
