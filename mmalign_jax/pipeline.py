@@ -39,6 +39,7 @@ from mmalign_jax.report.records import GalleryItem, ScoreRow, SkippedRow, score_
 from mmalign_jax.run_export import export_run
 from mmalign_jax.sampling import DecodeOptions
 from mmalign_jax.scenes.model import write_initial
+from mmalign_jax.scenes.splits import ORIGIN
 from mmalign_jax.training.cached_reference import CachedReference
 from mmalign_jax.training.held_out import HeldOut
 from mmalign_jax.training.loop import Batches, Trained, train
@@ -116,8 +117,10 @@ class _Run:
 
     def __call__(self) -> int:
         c = self.config
-        tests = self._tests()
+        self._check_world()
+        tests = world.make_tests(c.scenes, c.eval.benchmarks) if c.eval.benchmarks else ()
         records = self._records()
+        self._check_world(records)
         before = self._measure("before", tests) if c.eval.before else None
         if c.pairs.maker != "none" and c.pairs.when == "offline":
             records = self._pairs(records, c)
@@ -315,7 +318,6 @@ class _Run:
         c = self.config
         if not c.eval.probe_every:
             return None
-        self._check_world("config.eval.probe_every")
         test = world.make_tests(dataclasses.replace(c.scenes, test=c.eval.probe_pictures), ("pope", "chair"))[0]
 
         def probe(params: dict) -> dict[str, float]:
@@ -327,16 +329,13 @@ class _Run:
 
         return probe
 
-    def _tests(self) -> tuple[world.WorldTest, ...]:
+    def _check_world(self, records: Records | None = None) -> None:
+        """Refuses measures of the built-in world in runs on other data: by the format of the set, then by its records."""
         c = self.config
-        if not c.eval.benchmarks:
-            return ()
-        self._check_world("config.eval.benchmarks")
-        return world.make_tests(c.scenes, c.eval.benchmarks)
-
-    def _check_world(self, setting: str) -> None:
-        if self.config.data.format != "scenes":
-            raise UserError(f"{setting}: during a run only the built-in world is measured (data.format = 'scenes'); leave it empty")
+        measured = {"config.eval.benchmarks": bool(c.eval.benchmarks), "config.eval.probe_every": bool(c.eval.probe_every)}
+        others = c.data.format not in ("scenes", "records", "auto") if records is None else not records[0].id.startswith(ORIGIN)
+        for setting in (name for name, wanted in measured.items() if wanted and others):
+            raise UserError(f"{setting}: during a run only the built-in world is measured, and this data set is not of it; leave it empty")
 
     def _measure(self, when: str, tests: tuple[world.WorldTest, ...], params: dict | None = None) -> dict | None:
         """Scores of the model before or after training, kept in WORKDIR/eval."""

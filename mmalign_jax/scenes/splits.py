@@ -18,6 +18,7 @@ from mmalign_jax.scenes.world import HABITS, KINDS, Habit, Scene, SceneObject
 from mmalign_jax.types import Media, Part, PreferenceRecord, Response, Turn
 
 VERSION = 1  # raised whenever a record of some seed changes
+ORIGIN = "scenes/"  # what the ids of the world's records begin with
 SPLITS = ("sft", "align", "test", "counterfactual")
 FALSE_CLAIM = 0.5  # probability that the SFT annotator claims the absent partner of a head
 ALIGN_BROKEN = 0.5  # share of habit-breaking pictures in the alignment split
@@ -48,7 +49,7 @@ def item(seed: int, split: str, index: int) -> Item:
     broken = split == "counterfactual" or (split == "align" and rng.random() < ALIGN_BROKEN)
     scene = world.sample_scene(rng, Habit.BROKEN if broken else Habit.USUAL)
     claimed = _believed(scene, _stream(seed, split, index, _TEXTS)) if split == "sft" else scene.objects
-    return Item(f"scenes/{split}/{index:06d}", scene, claimed, seed, split, index)
+    return Item(f"{ORIGIN}{split}/{index:06d}", scene, claimed, seed, split, index)
 
 
 def records(seed: int, split: str, count: int) -> Iterator[PreferenceRecord]:

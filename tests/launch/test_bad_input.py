@@ -88,6 +88,14 @@ def test_an_objective_that_goes_by_margins_wants_some(model, tmp_path):
         pipeline.run(settings(model, file, **{"objective.name": "mm_dpo"}), tmp_path / "run")
 
 
+def test_only_the_built_in_world_is_measured_in_a_run_on_it(model, tmp_path):
+    file = table(tmp_path / "set.parquet")
+    with pytest.raises(UserError, match=r"config\.eval\.benchmarks: .* this data set is not of it"):
+        pipeline.run(settings(model, file, **{"eval.benchmarks": ("pope",)}), tmp_path / "run")
+    with pytest.raises(UserError, match=r"config\.eval\.probe_every: .* this data set is not of it"):
+        pipeline.run(settings(model, file, **{"eval.probe_every": 1, "data.format": "rlaif_v"}), tmp_path / "other")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
