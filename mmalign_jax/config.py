@@ -154,11 +154,12 @@ class SamplesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeConfig:
-    """A chat model behind an OpenAI-compatible endpoint, which the scorer `judge` and the source `edit` ask; see `pairs.judge`."""
+    """A chat model that the scorer `judge` and the source `edit` ask, behind an OpenAI-compatible endpoint or of ours; see `pairs.judge`."""
 
     url: str = setting("", help="up to the version, such as http://127.0.0.1:8000/v1")
     model: str = setting("", help="its name there")
     key_variable: str = setting("", help="the environment variable that holds the key; empty: none is sent")
+    directory: str = setting("", help="a model directory in the place of an endpoint; policy: the policy as it is when the run begins")
     prompt: str = setting("score", help="what the scorer asks: compare, score, sima, or a TOML file; see `pairs.judge.prompts`")
     edit_prompt: str = setting("inject", help="what the source edit asks: inject, or a TOML file of kind edit")
     both_orders: bool = setting(True, help="comparisons are asked in both orders, since judges prefer places")

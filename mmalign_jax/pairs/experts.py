@@ -5,13 +5,13 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mmalign_jax.config import Config, JudgeConfig
+from mmalign_jax.config import Config
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs.claims import Claims
 from mmalign_jax.pairs.clip_score import ClipScorer
 from mmalign_jax.pairs.judge import Answer, Judge, Prompt
-from mmalign_jax.pairs.judge.settings import asking_of, check_endpoint, endpoint_of, question_of, replies_of
+from mmalign_jax.pairs.judge.settings import asks_of, check_asked, question_of
 from mmalign_jax.pairs.reward_model import RewardModel
 from mmalign_jax.pairs.scorers import Expert, Scorers, reference_text
 from mmalign_jax.types import PreferenceRecord
@@ -20,7 +20,7 @@ from mmalign_jax.types import PreferenceRecord
 def check_settings(scorers: Scorers, config: Config) -> None:
     """Raises UserError for experts whose settings are missing or wrong, and for settings of experts that are not asked."""
     if "judge" in scorers.expected:
-        check_endpoint(config.judge, "the scorer judge")
+        check_asked(config.judge, "the scorer judge")
         if Prompt.load(config.judge.prompt).kind == "edit":
             raise UserError(f"config.judge.prompt: {config.judge.prompt} edits answers and gives no verdict on them; choose another one")
     for name in ("reward_model", "clip"):
@@ -45,7 +45,8 @@ def with_experts(scorers: Scorers, policy: Pretrained, config: Config, replies: 
     experts: dict[str, Expert] = {}
     for name in scorers.expected:
         if name == "judge":
-            experts[name] = Judged.of(config.judge, replies)
+            prompt = Prompt.load(config.judge.prompt)
+            experts[name] = Judged(Judge(asks_of(config, policy, prompt.read, replies), prompt, both_orders=config.judge.both_orders), prompt)
         elif name == "reward_model":
             model = RewardModel.read(config.samples.reward_model, policy.mesh, config.model.compute_dtype, limits=config.data)
             experts[name] = Model(model.scores)
@@ -65,12 +66,6 @@ class Judged:
 
     judge: Judge
     prompt: Prompt
-
-    @classmethod
-    def of(cls, config: JudgeConfig, replies: Path) -> "Judged":
-        prompt = Prompt.load(config.prompt)
-        options = {"both_orders": config.both_orders, "asking": asking_of(config)}
-        return cls(Judge(endpoint_of(config), prompt, replies_of(config, replies), **options), prompt)
 
     @property
     def counts(self) -> Mapping[str, int]:

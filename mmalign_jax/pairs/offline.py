@@ -21,6 +21,7 @@ from mmalign_jax.pairs.bdhs import BdhsSampler, check_one_process, reference_of
 from mmalign_jax.pairs.bdhs_records import Statistics, make_pairs
 from mmalign_jax.pairs.journal import Journal
 from mmalign_jax.pairs.judge import Prompt
+from mmalign_jax.pairs.judge.settings import POLICY
 from mmalign_jax.pairs.sampled_records import SampleStatistics, sampled_pairs
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.report.console import Console
@@ -137,6 +138,7 @@ def identity(policy: Pretrained, records: builder.RecordSource, config: Config) 
         settings |= _of_chat_models(config)
     limits = {name: getattr(config.data, name) for name in _MATTER}
     asked = (config.samples.reward_model, config.samples.clip, config.samples.critic) if config.pairs.maker == "samples" else ()
+    asked += (config.judge.directory,) if config.judge.directory != POLICY else ()
     others = [Path(directory) for directory in (policy.adapter, config.pairs.encoder, *asked) if directory]
     files = [file for directory in (policy.path, *others) for file in _model_files(directory)]
     parts = [VERSION, files, policy.model.dtype, records.prepared.fingerprint, settings, limits]
@@ -150,7 +152,7 @@ def _of_chat_models(config: Config) -> dict[str, Any]:
     prompts |= {"edit": judge.edit_prompt} if any(one.name == "edit" for one in sources.parse(samples.sources)) else {}
     if not prompts:
         return {}
-    options = [judge.model, judge.both_orders, judge.max_tokens, judge.temperature]
+    options = [judge.model, judge.directory, judge.both_orders, judge.max_tokens, judge.temperature]
     return {"chat": [options, {name: repr(Prompt.load(prompt)) for name, prompt in prompts.items()}]}
 
 

@@ -11,15 +11,16 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from mmalign_jax.config import Config
+from mmalign_jax.config import Config, JudgeConfig
 from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out_pictures, tokenize
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.mentions import Mentions
-from mmalign_jax.pairs import views
+from mmalign_jax.pairs import judge, views
 from mmalign_jax.pairs.calls import Number, Table, Value
 from mmalign_jax.pairs.judge.editor import Editor
+from mmalign_jax.pairs.judge.settings import asks_of, check_asked
 from mmalign_jax.pairs.own_answers import OWN, Own, OwnAnswers, Prompt
 from mmalign_jax.pairs.reward_model import layout_of
 from mmalign_jax.pairs.scorers import reference_text, shown
@@ -118,8 +119,22 @@ def open_sources(
                 raise UserError("config.samples.synonyms: the source swap looks words up in a table; give a JSON file: kind -> words that name it")
             out.append(Swap(processor, mentions, one.arguments["count"], samples.seed))
         else:
-            out.append(Edit(processor, Editor.of(config.judge, replies)))
+            prompt = edit_prompt(config.judge)
+            out.append(Edit(processor, Editor(asks_of(config, policy, prompt.read, replies), prompt)))
     return tuple(out)
+
+
+def edit_prompt(config: JudgeConfig) -> judge.Prompt:
+    """What the source edit asks.
+
+    Raises:
+      UserError: nobody is named who is asked, or the prompt is not one that edits.
+    """
+    check_asked(config, "the source edit")
+    prompt = judge.Prompt.load(config.edit_prompt)
+    if prompt.kind != "edit":
+        raise UserError(f'config.judge.edit_prompt: {config.edit_prompt} gives verdicts; a prompt of kind "edit" rewrites answers')
+    return prompt
 
 
 def _given(processor: Processor, text: str, source: str) -> Own:

@@ -11,13 +11,16 @@ from helpers.chat_server import ChatServer
 from helpers.tiny import batch_of, record
 
 from mmalign_jax import mesh as mesh_lib
-from mmalign_jax.config import Config, JudgeConfig, SamplesConfig
+from mmalign_jax.config import Config, DataConfig, JudgeConfig, SamplesConfig
 from mmalign_jax.data.device import to_device
 from mmalign_jax.errors import UserError
+from mmalign_jax.evaluation.generate import Generator
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs import experts
 from mmalign_jax.pairs.answers import scorers_of
 from mmalign_jax.pairs.claims import Claims
+from mmalign_jax.pairs.judge import Question
+from mmalign_jax.pairs.judge.local import LocalAsker
 from mmalign_jax.pairs.selectors import Candidate
 
 RECORDS = (record("a", "Which one?", "A good cat.", images=[1]), record("b", "And this?", "A dog.", images=[2]))
@@ -81,8 +84,9 @@ def test_verdicts_that_are_lost_are_told(judged):
 @pytest.mark.parametrize(
     ("samples", "judge", "message"),
     [
-        ({"scorers": ("judge",)}, {}, "config.judge.url: the scorer judge asks"),
+        ({"scorers": ("judge",)}, {}, "config.judge.url: the scorer judge asks a chat model"),
         ({"scorers": ("judge",)}, {"url": "u", "model": "m", "key_variable": "NO_SUCH_KEY"}, "the environment has no NO_SUCH_KEY"),
+        ({"scorers": ("judge",)}, {"url": "u", "directory": "policy"}, "leave it or config.judge.url empty"),
         ({"scorers": ("judge",)}, {"url": "u", "model": "m", "prompt": "inject"}, "edits answers and gives no verdict"),
         ({"scorers": ("reward_model",)}, {}, "config.samples.reward_model: a directory goes with"),
         ({"scorers": ("exact",), "critic": "somewhere"}, {}, "config.samples.critic: a model goes with"),
@@ -101,6 +105,29 @@ def test_a_prompt_with_the_true_answer_asks_for_one(judged):
         scorers = judged(server, "sima")
         with pytest.raises(UserError, match="record bare has none"):
             scorers.check(dataclasses.replace(RECORDS[0], id="bare", responses=()))
+
+
+def test_a_model_of_ours_is_asked_in_this_process(critic):
+    """Its replies are the likeliest ones, as the evaluation's generator writes them; equal questions are asked once."""
+    asks = LocalAsker(critic, lambda reply: None if "e" in reply else reply, JudgeConfig(max_tokens=6), DataConfig())
+    questions = [Question("Which one?", RECORDS[0].media), Question("Say it."), Question("Which one?", RECORDS[0].media)]
+    found = asks(questions)
+    generator = Generator(critic.model, critic.processor, critic.mesh, batch_size=2, max_new_tokens=6, data=DataConfig())
+    with jax.set_mesh(critic.mesh):
+        expected = [one.text for one in generator(critic.params("float32"), [record("x", "Which one?", images=[1]), record("y", "Say it.")])]
+    assert [text for text, _ in found] == [*expected, expected[0]]
+    assert [problem for _, problem in found] == ["no verdict in the reply" if "e" in text else "" for text, _ in found]
+    assert asks.counts.asked == 2 and asks.counts.lost == sum("e" in text for text in expected)
+
+
+def test_the_policy_judges_itself(critic, tmp_path):
+    prompt = tmp_path / "any.toml"
+    prompt.write_text("kind = 'compare'\ntext = '{first} or {second}?'\nverdict = '(?P<first>[a-m])|(?P<second>.)'\n")
+    config = Config(samples=SamplesConfig(scorers=("judge",)), judge=JudgeConfig(directory="policy", prompt=str(prompt), max_tokens=4))
+    scorers = experts.with_experts(scorers_of(config), critic, config, tmp_path / "replies.jsonl")
+    found = totals(scorers(RECORDS, candidates(ANSWERS)))
+    assert sum(found[0]) == pytest.approx(1.5) and sum(found[1]) == pytest.approx(1.0)  # what one wins the other loses
+    assert scorers.counts["judge/asked"] == 8 and not (tmp_path / "replies.jsonl").exists()
 
 
 def test_claims_are_denied_where_no_is_likelier_than_yes(critic):

@@ -7,12 +7,13 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import requests
 
 from mmalign_jax.pairs.judge.endpoint import Endpoint, NoReplyError
 from mmalign_jax.pairs.judge.replies import Replies, key_of
+from mmalign_jax.types import Media
 
 _LONGEST_WAIT_S = 60.0
 
@@ -48,25 +49,45 @@ class Asking:
     sleep: Callable[[float], None] = time.sleep
 
 
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A text about pictures, which stand before it."""
+
+    text: str
+    pictures: tuple[Media, ...] = ()
+
+
+@runtime_checkable
+class Asks(Protocol):
+    """Somebody who is asked."""
+
+    counts: Counts
+
+    def __call__(self, questions: Sequence[Question]) -> list[tuple[str, str]]:
+        """For each question, in order, a reply of use and ""; or the last reply there was and why it is of none."""
+
+
 class Asker:
-    """Asks an endpoint.
+    """Asks a chat model behind an endpoint; equal questions once.
 
     Args:
       replies: those that are there are not asked for again. Only replies of use are kept.
-      useful: whether a reply says what it was asked for.
+      read: what a reply says; None where it does not say what it was asked for.
     """
 
-    def __init__(self, endpoint: Endpoint, replies: Replies, useful: Callable[[str], bool], asking: Asking):
-        self._endpoint, self._replies, self._useful, self._asking = endpoint, replies, useful, asking
+    def __init__(self, endpoint: Endpoint, replies: Replies, read: Callable[[str], Any], asking: Asking | None = None):
+        self._endpoint, self._replies, self._asking = endpoint, replies, asking or Asking()
+        self._useful = lambda reply: read(reply) is not None
         self.counts = Counts()
         self._lock, self._local = threading.Lock(), threading.local()
 
-    def __call__(self, bodies: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-        """For each request, in order, a reply of use and ""; or the last reply there was and why it is of none. Equal ones are asked once.
+    def __call__(self, questions: Sequence[Question]) -> list[tuple[str, str]]:
+        """See `Asks`.
 
         Raises:
           UserError: the server refuses requests for good (key, model, address).
         """
+        bodies = [self._endpoint.body(one.text, one.pictures) for one in questions]
         keys = [key_of(body) for body in bodies]
         with concurrent.futures.ThreadPoolExecutor(self._asking.workers) as pool:
             asked = {key: pool.submit(self._ask, key, body) for key, body in dict(zip(keys, bodies, strict=True)).items()}

@@ -2,12 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
-from mmalign_jax.pairs.judge.asker import Asker, Asking, Counts
-from mmalign_jax.pairs.judge.endpoint import Endpoint
+from mmalign_jax.pairs.judge.asker import Asks, Counts, Question
 from mmalign_jax.pairs.judge.prompts import Prompt
-from mmalign_jax.pairs.judge.replies import Replies
 from mmalign_jax.types import Media
 
 
@@ -43,41 +40,40 @@ class Verdict:
 
 
 class Judge:
-    """A prompt asked of an endpoint.
+    """A prompt that somebody is asked.
 
     Args:
-      replies: those that are there are not asked for again. Only replies with a verdict are kept.
+      asks: who; with `prompt.read`, so that only replies with a verdict are of use.
       both_orders: comparisons are asked in both orders, since judges prefer places (arXiv 2306.05685).
     """
 
-    def __init__(self, endpoint: Endpoint, prompt: Prompt, replies: Replies, *, both_orders: bool = True, asking: Asking | None = None):
-        self._endpoint, self._prompt = endpoint, prompt
+    def __init__(self, asks: Asks, prompt: Prompt, *, both_orders: bool = True):
+        self._asks, self._prompt = asks, prompt
         self._both_orders = both_orders and prompt.kind == "compare"
-        self._asker = Asker(endpoint, replies, lambda reply: prompt.read(reply) is not None, asking or Asking())
 
     @property
     def counts(self) -> Counts:
-        return self._asker.counts
+        return self._asks.counts
 
     def __call__(self, answers: Sequence[Answer]) -> list[Verdict]:
         """A verdict for each, in order. What fails in the end has none, and says why; the same call later asks for it again.
 
         Raises:
-          UserError: the server refuses requests for good (key, model, address).
+          UserError: a server refuses requests for good (key, model, address).
         """
-        bodies = [self._bodies(answer) for answer in answers]
-        replies = iter(self._asker([body for each in bodies for body in each]))
-        return [self._verdict([next(replies) for _ in each]) for each in bodies]
+        questions = [self._questions(answer) for answer in answers]
+        replies = iter(self._asks([one for each in questions for one in each]))
+        return [self._verdict([next(replies) for _ in each]) for each in questions]
 
-    def _bodies(self, answer: Answer) -> list[dict[str, Any]]:
-        """The requests for one answer: one, or one for each order."""
+    def _questions(self, answer: Answer) -> list[Question]:
+        """One, or one for each order."""
         shared = {"question": answer.question, "reference": answer.reference}
         if self._prompt.kind == "score":
             texts = [self._prompt.fill(answer=answer.first, **shared)]
         else:
             orders = [(answer.first, answer.second), (answer.second, answer.first)][: 1 + self._both_orders]
             texts = [self._prompt.fill(first=first, second=second, **shared) for first, second in orders]
-        return [self._endpoint.body(text, answer.pictures) for text in texts]
+        return [Question(text, answer.pictures) for text in texts]
 
     def _verdict(self, replies: Sequence[tuple[str, str]]) -> Verdict:
         texts = tuple(text for text, _ in replies)

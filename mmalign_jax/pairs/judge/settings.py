@@ -1,39 +1,54 @@
 """What `config.judge` says, as the parts that ask."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from mmalign_jax.config import JudgeConfig
+from mmalign_jax.config import Config, JudgeConfig
 from mmalign_jax.errors import UserError
-from mmalign_jax.pairs.judge.asker import Asking
+from mmalign_jax.hf.pretrained import Pretrained
+from mmalign_jax.pairs.judge.asker import Asker, Asking, Asks
 from mmalign_jax.pairs.judge.endpoint import Endpoint
+from mmalign_jax.pairs.judge.local import LocalAsker
 from mmalign_jax.pairs.judge.replies import Replies
 from mmalign_jax.types import PreferenceRecord
 
+POLICY = "policy"  # as config.judge.directory
 
-def check_endpoint(config: JudgeConfig, who: str) -> None:
-    """Raises UserError where the endpoint is not named, or its key not set."""
+
+def check_asked(config: JudgeConfig, who: str) -> None:
+    """Raises UserError where nobody is named who is asked, or the key is not set."""
+    if config.directory:
+        if config.url:
+            raise UserError("config.judge.directory: that model is asked in the place of an endpoint; leave it or config.judge.url empty")
+        return
     for name in ("url", "model"):
         if not getattr(config, name):
-            raise UserError(f"config.judge.{name}: {who} asks a chat model behind an endpoint; give its url and its name")
+            raise UserError(f"config.judge.{name}: {who} asks a chat model; give an endpoint's url and the name there, or config.judge.directory")
     if config.key_variable and not os.environ.get(config.key_variable):
         raise UserError(f"config.judge.key_variable: the environment has no {config.key_variable}")
 
 
-def endpoint_of(config: JudgeConfig) -> Endpoint:
-    """The endpoint, with its key from the environment."""
-    key = os.environ[config.key_variable] if config.key_variable else ""
-    options = {"timeout_s": config.timeout_s, "max_tokens": config.max_tokens, "temperature": config.temperature}
-    return Endpoint(config.url, config.model, key, **options)
+def asks_of(config: Config, policy: Pretrained, read: Callable[[str], Any], replies: Path) -> Asks:
+    """Who is asked: a chat model behind an endpoint, with its key from the environment, or a model of ours.
 
+    Args:
+      policy: who is asked where `config.judge.directory` says so.
+      read: what a reply says; None where it does not say what it was asked for.
+      replies: file of an endpoint's replies, unless `config.judge.replies` names one.
 
-def asking_of(config: JudgeConfig) -> Asking:
-    return Asking(attempts=config.attempts, workers=config.workers)
-
-
-def replies_of(config: JudgeConfig, usual: Path) -> Replies:
-    """The replies that are kept in the file of the settings, or in `usual`."""
-    return Replies(Path(config.replies) if config.replies else usual)
+    Raises:
+      UserError: the directory holds no model.
+    """
+    judge = config.judge
+    if judge.directory:
+        model = policy if judge.directory == POLICY else Pretrained.read(Path(judge.directory), policy.mesh, config.model.compute_dtype)
+        return LocalAsker(model, read, judge, config.data)
+    key = os.environ[judge.key_variable] if judge.key_variable else ""
+    options = {"timeout_s": judge.timeout_s, "max_tokens": judge.max_tokens, "temperature": judge.temperature}
+    kept = Replies(Path(judge.replies) if judge.replies else replies)
+    return Asker(Endpoint(judge.url, judge.model, key, **options), kept, read, Asking(attempts=judge.attempts, workers=judge.workers))
 
 
 def question_of(record: PreferenceRecord) -> str:

@@ -8,7 +8,7 @@ from helpers.chat_server import ChatServer
 from helpers.rows import encoded
 
 from mmalign_jax.errors import DataError, UserError
-from mmalign_jax.pairs.judge import Answer, Asking, Endpoint, Judge, Prompt, Replies
+from mmalign_jax.pairs.judge import Answer, Asker, Asking, Endpoint, Judge, Prompt, Replies
 from mmalign_jax.types import Media
 
 COMPARE = Prompt.load("compare")
@@ -17,7 +17,8 @@ COMPARE = Prompt.load("compare")
 def judge(server, replies=None, both_orders=True, **options):
     waits = []
     endpoint = Endpoint(server.url, "critic", key="secret", timeout_s=3.0)  # not less: the machine may be busy
-    made = Judge(endpoint, COMPARE, Replies() if replies is None else replies, both_orders=both_orders, asking=Asking(sleep=waits.append, **options))
+    asker = Asker(endpoint, Replies() if replies is None else replies, COMPARE.read, Asking(sleep=waits.append, **options))
+    made = Judge(asker, COMPARE, both_orders=both_orders)
     made.waits = waits
     return made
 
@@ -104,10 +105,10 @@ def test_a_refusal_for_good_stops(status):
 
 def test_no_server():
     endpoint = Endpoint("http://127.0.0.1:9/v1", "critic", timeout_s=0.5)
-    (verdict,) = Judge(endpoint, COMPARE, Replies(), asking=Asking(attempts=2, sleep=lambda wait: None))(answers(1))
+    (verdict,) = Judge(Asker(endpoint, Replies(), COMPARE.read, Asking(attempts=2, sleep=lambda wait: None)), COMPARE)(answers(1))
     assert verdict.value is None and verdict.problem == "connection broken, 2 times" and verdict.replies == ("", "")
     with pytest.raises(UserError, match="no address of a server"):
-        Judge(Endpoint("localhost:1/v1", "critic"), COMPARE, Replies())(answers(1))
+        Judge(Asker(Endpoint("localhost:1/v1", "critic"), Replies(), COMPARE.read), COMPARE)(answers(1))
 
 
 def test_what_the_server_is_sent(tmp_path):
