@@ -206,6 +206,11 @@ class ObjectiveConfig:
         return self._built.compares is not None
 
     @property
+    def goes_by_batch(self) -> bool:
+        """Whether a row's loss depends on the other rows of its step."""
+        return self._built.goes_by_batch
+
+    @property
     def of_samples(self) -> bool:
         """Whether it learns from the rewards of groups of samples."""
         return self._built.of_samples

@@ -73,6 +73,13 @@ def _check_samples(config: Config) -> None:
         raise UserError('config.samples.offline_share: only pairs that the policy draws online (config.pairs.maker = "samples") mix; leave it 0')
     if drawn and config.data.on_long_row == "shorten_answer":
         raise UserError("config.data.on_long_row: rows of answers that are drawn hold whole answers; use error or drop")
+    if online and objective.goes_by_batch and not objective.of_samples:
+        raise UserError(
+            f"config.pairs.when: {objective.name} goes by statistics of all rows of a step, and prompts whose answers give no pair stay among "
+            "them when answers are drawn online; use offline"
+        )
+    if 0 < samples.length_ratio < 1:
+        raise UserError(f"config.samples.length_ratio: {samples.length_ratio:g} would refuse every pair; it is at least 1, or 0 for no limit")
     if online and objective.score_head and not objective.of_samples:
         raise UserError(f"config.pairs.when: {objective.name} scores answers at their ends, which not all that are drawn online have; use offline")
     for name in ("displacement", "grad_weight") if objective.of_samples else ():

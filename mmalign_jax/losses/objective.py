@@ -43,6 +43,11 @@ class Objective:
         return any(term.reads_logps for _, term in self.terms)
 
     @property
+    def goes_by_batch(self) -> bool:
+        """Whether a row's loss depends on the other rows of its step."""
+        return Need.BATCH in self.needs
+
+    @property
     def of_samples(self) -> bool:
         """Whether rows are groups of samples with rewards."""
         return Need.SAMPLED in self.needs
