@@ -122,24 +122,32 @@ def attend_lanes(
     mask: Bool[Array, "B S T"],
     tail: tuple[Float[Array, "B S G X E"], Float[Array, "B S G X E"]],
     filled: Bool[Array, " X"] | Bool[Array, "B X"],
-    own: tuple[Float[Array, "B S G E"], Float[Array, "B S G E"]],
+    own: tuple[Float[Array, "B S G E"], Float[Array, "B S G E"]] | None,
 ) -> Float[Array, "B S H E"]:
     """One new token a lane: attends to the row's shared cache where `mask` allows, to the lane's tail where it is filled, and to itself.
 
     The shared keys are read once for all lanes of a row; nothing is copied into the lanes. Pairs are keys and values.
+
+    Args:
+      own: of the new tokens; None where the tails hold them already.
     """
     groups, split = shared[0].shape[1], shared[0].shape[2]
     grouped = _group(query, groups)
     f32 = {"preferred_element_type": jnp.float32}
-    scores = [jnp.einsum("bsgre,bgte->bgsrt", grouped, shared[0], **f32), jnp.einsum("bsgre,bsgxe->bgsrx", grouped, tail[0], **f32)]
-    scores.append(jnp.einsum("bsgre,bsge->bgsr", grouped, own[0], **f32)[..., None])
+    # the axes of tails stay in their order: a product that asks for another makes a CPU copy the tails
+    of_tail = jnp.einsum("bsgre,bsgxe->bsgrx", grouped, tail[0], **f32).swapaxes(1, 2)
+    scores = [jnp.einsum("bsgre,bgte->bgsrt", grouped, shared[0], **f32), of_tail]
     behind = jnp.broadcast_to(jnp.atleast_2d(filled)[:, None], (*mask.shape[:2], filled.shape[-1]))
-    behind = mesh.constrain(jnp.pad(behind, ((0, 0), (0, 0), (0, 1)), constant_values=True), "batch", None, None)
+    if own is not None:
+        scores.append(jnp.einsum("bsgre,bsge->bgsr", grouped, own[0], **f32)[..., None])
+        behind = jnp.pad(behind, ((0, 0), (0, 0), (0, 1)), constant_values=True)
+    behind = mesh.constrain(behind, "batch", None, None)
     allowed = jnp.concatenate([mask, behind], axis=-1)[:, None, :, None]
     weights = _softmax(jnp.concatenate(scores, axis=-1), allowed, config).astype(query.dtype)
     mixed = jnp.einsum("bgsrt,bgte->bsgre", weights[..., :split], shared[1])
-    mixed = mixed + jnp.einsum("bgsrx,bsgxe->bsgre", weights[..., split:-1], tail[1])
-    mixed = mixed + jnp.einsum("bgsr,bsge->bsgre", weights[..., -1], own[1])
+    mixed = mixed + jnp.einsum("bsgrx,bsgxe->bsgre", weights[..., split : split + filled.shape[-1]].swapaxes(1, 2), tail[1])
+    if own is not None:
+        mixed = mixed + jnp.einsum("bgsr,bsge->bsgre", weights[..., -1], own[1])
     return mesh.reshape(mixed, query.shape, "batch", None, "heads", None)
 
 

@@ -16,13 +16,19 @@ from mmalign_jax.models.layers import Embed, Linear, RMSNorm, activation
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KeyValues:
-    """Keys and values of one layer, or of all with a leading L: `[*L B G T E]`, tails `[*L B S G X E]`, of new tokens `[*L B S G E]`.
+    """Keys and values of one layer, or of all: `[*L B G T E]`, tails `[*L B S G X E]`, of new tokens `[*L B S G E]`.
 
-    Heads stand before slots, so that attention reads what lies side by side.
+    Heads stand before slots, so that attention reads what lies side by side. Where the parameters' layers are apart
+    (`apart.layers_apart`), those of all layers are tuples of L arrays.
     """
 
-    key: Array
-    value: Array
+    key: Array | tuple[Array, ...]
+    value: Array | tuple[Array, ...]
+
+    @property
+    def row_axis(self) -> int:
+        """The axis of the rows, B, in the arrays of all layers."""
+        return 0 if isinstance(self.key, tuple) else 1
 
 
 @jax.tree_util.register_dataclass
@@ -62,11 +68,11 @@ class Layers:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _This:
-    """What is a layer's own: its cache, its number, and whether it has the window."""
+    """What is a layer's own: its cache, its number, and whether it has the window. Known when it is traced where layers are apart."""
 
     cache: LayerCache | None
-    number: Int[Array, ""]
-    local: Bool[Array, ""]
+    number: Int[Array, ""] | np.int32
+    local: Bool[Array, ""] | np.bool_
 
 
 def local_layers(config: DecoderConfig) -> np.ndarray:
@@ -76,7 +82,7 @@ def local_layers(config: DecoderConfig) -> np.ndarray:
     return np.array(config.local_layers or (True,) * config.layers)
 
 
-def _choose(local: Bool[Array, ""], here: Array | None, elsewhere: Array | None) -> Array:
+def _choose(local: Bool[Array, ""] | np.bool_, here: Array | None, elsewhere: Array | None) -> Array:
     """`here` in windowed layers. Where only one of the two is given, all layers are of one kind."""
     if here is None or elsewhere is None:
         return elsewhere if here is None else here
@@ -85,6 +91,7 @@ def _choose(local: Bool[Array, ""], here: Array | None, elsewhere: Array | None)
 
 class _Attention(nn.Module):
     config: DecoderConfig
+    fill_tail: bool
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], this: _This, layers: Layers):
@@ -106,10 +113,15 @@ class _Attention(nn.Module):
         if layers.index is not None:
             shared, tail = this.cache.shared, this.cache.tail
             slots, index = jnp.arange(tail.key.shape[3]), layers.index[..., None]
-            filled = slots < index
+            filled = slots <= index if self.fill_tail else slots < index
             if c.sliding_window is not None:
                 filled &= ~this.local | (index - slots < c.sliding_window)
-            mixed = attend_lanes(c, query, (shared.key, shared.value), mask, (tail.key, tail.value), filled, (new.key, new.value))
+            if self.fill_tail:
+                new, own = jax.tree.map(lambda old, one: put(old, one, layers.index), tail, new), None
+                tail = new
+            else:
+                own = (new.key, new.value)
+            mixed = attend_lanes(c, query, (shared.key, shared.value), mask, (tail.key, tail.value), filled, own)
         else:
             mixed = attend(c, query, new.key, new.value, mask)
             new = KeyValues(new.key.swapaxes(1, 2), new.value.swapaxes(1, 2))
@@ -118,12 +130,13 @@ class _Attention(nn.Module):
         return Linear("bthe,hed->btd", shape, kernel_axes, ("batch", None, None), bias, (None,), c.lora, name="out")(mixed), new
 
 
-def put(tails: Float[Array, "L B S G X E"], new: Float[Array, "L B S G E"], index: Int[Array, ""] | Int[Array, " B"]) -> Array:
+def put(tails: Float[Array, "*L B S G X E"], new: Float[Array, "*L B S G E"], index: Int[Array, ""] | Int[Array, " B"]) -> Array:
     """Fills slot `index` of every tail, one for all rows or one a row."""
     if index.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(tails, new[..., None, :], index, axis=4)
-    fill = lambda tail, one, at: jax.lax.dynamic_update_slice_in_dim(tail, one[..., None, :], at, axis=3)  # noqa: E731
-    return jax.vmap(fill, in_axes=(1, 1, 0), out_axes=1)(tails, new, index)
+        return jax.lax.dynamic_update_slice_in_dim(tails, new[..., None, :], index, axis=tails.ndim - 2)
+    rows = tails.ndim - 5
+    fill = lambda tail, one, at: jax.lax.dynamic_update_slice_in_dim(tail, one[..., None, :], at, axis=tail.ndim - 2)  # noqa: E731
+    return jax.vmap(fill, in_axes=(rows, rows, 0), out_axes=rows)(tails, new, index)
 
 
 class _Mlp(nn.Module):
@@ -141,8 +154,13 @@ class _Mlp(nn.Module):
 
 
 class _Block(nn.Module):
+    """Gives also keys and values where `keep_cache` asks for them: of decode lanes those of the new tokens, or with `fill_tail` the tails
+    with these in their slots.
+    """
+
     config: DecoderConfig
     keep_cache: bool
+    fill_tail: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], this: _This, layers: Layers):
@@ -151,7 +169,7 @@ class _Block(nn.Module):
         def norm(name: str, x: Array) -> Array:
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
 
-        mixed, keys_values = _Attention(c, name="attention")(norm("input_norm", x), this, layers)
+        mixed, keys_values = _Attention(c, self.fill_tail, name="attention")(norm("input_norm", x), this, layers)
         x = x + (norm("attention_out_norm", mixed) if c.sandwich else mixed)
         inner = _Mlp(c, name="mlp")(norm("post_norm", x))
         x = x + (norm("mlp_out_norm", inner) if c.sandwich else inner)
@@ -162,18 +180,27 @@ class _Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Inputs to last hidden states (after the final norm). The vocabulary is touched elsewhere, at answer positions only."""
+    """Inputs to last hidden states (after the final norm). The vocabulary is touched elsewhere, at answer positions only.
+
+    Args:
+      apart: the parameters' layers are apart (`apart.layers_apart`), not stacked.
+    """
 
     config: DecoderConfig
     remat: bool = False
     keep_cache: bool = False
+    apart: bool = False
 
     def setup(self):
         c = self.config
         block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
-        stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers, in_axes=(0, nn.broadcast))
         self.embed = Embed(c.vocab_size, c.width)
-        self.layers = stack(c, self.keep_cache)
+        if self.apart:
+            # a layer fills its own tail before it reads it, which needs no copy of it; a scan would move whole tails in and out
+            self.layers = [block(c, self.keep_cache, fill_tail=True) for _ in range(c.layers)]
+        else:
+            stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers, in_axes=(0, nn.broadcast))
+            self.layers = stack(c, self.keep_cache)
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
         if not c.tied_head:
             self.head = _Head(c)
@@ -188,7 +215,8 @@ class Decoder(nn.Module):
         cache: LayerCache | None = None,
         index: Int[Array, ""] | Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
-        """Last hidden states, and the keys and values (of decode lanes: those of the new tokens) where `keep_cache` asks for them.
+        """Last hidden states, and the keys and values where `keep_cache` asks for them: of decode lanes those of the new tokens, or the
+        filled tails where layers are apart.
 
         Args:
           positions: rotary positions.
@@ -198,11 +226,23 @@ class Decoder(nn.Module):
         c = self.config
         rope = rope_tables(c.rope, c.head_width, positions)
         local_rope = None if c.local_rope is None else rope_tables(c.local_rope, c.head_width, positions)
-        this = _This(cache, jnp.arange(c.layers), jnp.array(local_layers(c)))
-        x, keys_values = self.layers(inputs, this, Layers(masks, rope, local_rope, index, deep))
+        shared = Layers(masks, rope, local_rope, index, deep)
+        if self.apart:
+            x, keys_values = self._one_by_one(inputs, cache, shared)
+        else:
+            x, keys_values = self.layers(inputs, _This(cache, jnp.arange(c.layers), jnp.array(local_layers(c))), shared)
         if not c.tied_head:
             self.head()
         return self.final_norm(x), keys_values
+
+    def _one_by_one(self, x: Float[Array, "B T D"], cache: LayerCache | None, shared: Layers) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        """What a scan over the layers gives."""
+        kept, local = [], local_layers(self.config)
+        for number, layer in enumerate(self.layers):
+            own = jax.tree.map(lambda layers, number=number: layers[number], cache, is_leaf=lambda x: isinstance(x, tuple))
+            x, new = layer(x, _This(own, np.int32(number), local[number]), shared)
+            kept.append(new)
+        return x, KeyValues(tuple(one.key for one in kept), tuple(one.value for one in kept)) if self.keep_cache else None
 
     def embed_tokens(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         # the factor is rounded to the compute type first, as in Gemma's own code

@@ -40,13 +40,25 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = gathered(self.param("kernel", _INIT, self.shape), x.dtype, *self.kernel_axes)
-        y = jnp.einsum(self.equation, x, kernel, out_sharding=mesh.out_sharding(*self.out_axes))
+        y = self._product(x, kernel)
         if self.lora is not None and self.lora.adapts(self.name):
             y = y + self._low_rank(x, self.lora)
         if self.bias_shape:
             bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
             y = y + gathered(bias, x.dtype, *self.bias_axes)
         return y
+
+    def _product(self, x: Array, kernel: Array) -> Array:
+        given, result = self.equation.split("->")
+        inputs = [letter for letter in given.split(",")[1] if letter not in result]
+        equation = self.equation
+        if len(inputs) > 1:
+            # as one axis: einsum would sum over them in another order, for which a CPU rewrites the kernel at every product
+            rows = x.ndim - len(inputs)
+            x = mesh.reshape(x, (*x.shape[:rows], -1), *self.out_axes[:rows], self.kernel_axes[0])
+            kernel = mesh.reshape(kernel, (-1, *kernel.shape[len(inputs) :]), self.kernel_axes[0], *(None,) * (kernel.ndim - len(inputs)))
+            equation = equation.replace("".join(inputs), inputs[0])
+        return jnp.einsum(equation, x, kernel, out_sharding=mesh.out_sharding(*self.out_axes))
 
     def _low_rank(self, x: Array, lora: Lora) -> Array:
         """scale (x A) B, with A `[*ins, R]` and B `[R, *outs]` where the kernel is `[*ins, *outs]`."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from mmalign_jax import mesh
+from mmalign_jax.models.apart import are_apart
 from mmalign_jax.models.attention import packed_mask, softcap
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.connector import Connector
@@ -27,7 +28,7 @@ class Prefill:
     """Last hidden states of a row and its keys and values, the shared cache of its decode lanes."""
 
     hidden: Float[Array, "B T D"]
-    cache: KeyValues  # [L B G T E]
+    cache: KeyValues  # of all layers
 
 
 @jax.tree_util.register_dataclass
@@ -98,14 +99,18 @@ class Mllm:
         """
         decoder = Decoder(self.config.decoder, keep_cache=True)
         with jax.named_scope("prefill"):
-            return Prefill(*self._decode_rows(params, features, batch, decoder, visible, images_see_all))
+            hidden, cache = self._decode_rows(params, features, batch, decoder, visible, images_see_all)
+            return Prefill(hidden, jax.tree.map(tuple, cache) if are_apart(params) else cache)
 
-    def empty_tail(self, rows: int, lanes: int, slots: int) -> KeyValues:
-        """Tails `[L B S G X E]` for `slots` new tokens a lane."""
-        c = self.config.decoder
-        shape = (c.layers, rows, lanes, c.kv_heads, slots, c.head_width)
-        zeros = mesh.constrain(jnp.zeros(shape, self.dtype), None, "batch", None, "kv_heads", None, None)
-        return KeyValues(zeros, zeros)
+    def empty_tail(self, cache: KeyValues, lanes: int, slots: int) -> KeyValues:
+        """Tails `[*L B S G X E]` beside the cache of all layers, for `slots` new tokens a lane."""
+
+        def blank(shared: Float[Array, "*L B G T E"]) -> Float[Array, "*L B S G X E"]:
+            *above, groups, _, width = shared.shape
+            axes = (*(None,) * (len(above) - 1), "batch", None, "kv_heads", None, None)
+            return mesh.constrain(jnp.zeros((*above, lanes, groups, slots, width), shared.dtype), *axes)
+
+        return jax.tree.map(blank, cache)
 
     def lane_view(
         self, batch: PairBatch, slot: Int[Array, "B S"], visible: Bool[Array, "B T"] | None = None
@@ -145,11 +150,11 @@ class Mllm:
             near = view.allowed & (position[..., None] - view.positions[:, None] < self.config.decoder.sliding_window)
         inputs = self._embed(params, tokens)
         with jax.named_scope("decode_step"):
-            decoder = Decoder(self.config.decoder, keep_cache=True)
+            decoder = Decoder(self.config.decoder, keep_cache=True, apart=are_apart(params))
             masks = Masks(None if local.all() else view.allowed, near)
             cache = LayerCache(shared, tail)
             hidden, new = decoder.apply({"params": params["decoder"]}, inputs, turning, masks, cache=cache, index=index)
-            return hidden, KeyValues(put(tail.key, new.key, index), put(tail.value, new.value, index))
+            return hidden, new if are_apart(params) else jax.tree.map(lambda old, one: put(old, one, index), tail, new)
 
     def head(self, params: dict) -> Float[Array, "D V"]:
         """The output kernel: the decoder's own, or the transposed embedding when they are tied."""

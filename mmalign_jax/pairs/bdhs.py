@@ -30,6 +30,7 @@ from mmalign_jax.config import PairsConfig
 from mmalign_jax.data.layout import RowLayout, tokenize
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.processor import Processor
+from mmalign_jax.models.apart import layers_apart
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.pairs import views
 from mmalign_jax.pairs.masked_decode import FeaturePool, Job, MaskedDecoder
@@ -155,6 +156,7 @@ class BdhsSampler:
         Raises:
           UserError: a record without a reference answer, one with more sentences than there are lanes, or one that does not fit.
         """
+        params = layers_apart(params)
         pool, schedule = self._new_pool(), Schedule(self._works(records, draw), self._rows, self._unguided_rows)
         outcomes: dict[int, Outcome] = {}
         again: list[Work] = []

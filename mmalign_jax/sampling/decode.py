@@ -125,7 +125,7 @@ def decode_lanes(
     zeros = jnp.zeros_like(start.slot)
     blank = jnp.broadcast_to(zeros[..., None], (rows, lanes, options.max_new_tokens))
     carry = (
-        jnp.int32(0), hidden, model.empty_tail(rows, lanes, options.max_new_tokens),
+        jnp.int32(0), hidden, model.empty_tail(prefill.cache, lanes, options.max_new_tokens),
         blank, blank.astype(jnp.float32), zeros, ~start.active, zeros.astype(bool), zeros,
     )  # fmt: skip
     carry = jax.lax.while_loop(lambda c: (c[0] < options.max_new_tokens) & ~jnp.all(c[6]), body, carry)
@@ -177,4 +177,7 @@ def _draw(logits: Float[Array, "B S V"], keys: Array, step: Int[Array, ""] | Int
     # not broadcast_to, which does not have the keys' sharding
     steps = jax.random.key_data(keys)[..., 0] * 0 + jnp.asarray(step).astype(jnp.uint32)
     step_keys = jax.vmap(jax.vmap(jax.random.fold_in))(keys, steps)
-    return jax.vmap(jax.vmap(jax.random.categorical))(step_keys, logits).astype(jnp.int32)
+    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], logits.dtype)))(step_keys)
+    noisy = noise + logits
+    # what jax.random.categorical draws; in two reductions, since on a CPU an argmax that noise is fused into takes three times as long
+    return jnp.argmax(noisy == jnp.max(noisy, axis=-1, keepdims=True), axis=-1).astype(jnp.int32)

@@ -94,14 +94,14 @@ def decode_in_turn(
     state = _State(behind, _lane_of(first, behind), jnp.zeros_like(behind), LaneTokens(tokens, start.active.astype(jnp.int32), ends))
     known = _Lanes(first, jnp.stack(following, axis=1), keys, view.allowed, position, turning)
     cache, positions = prefill.cache, view.positions
-    tail = model.empty_tail(rows, 1, options.max_new_tokens)
+    tail = model.empty_tail(cache, 1, options.max_new_tokens)
     order, sizes = jnp.arange(rows), _sizes(rows)
     for size, smaller in zip(sizes, (*sizes[1:], 0), strict=True):
         if size < rows:
             # those with work come first; what is behind `size` is done
             new = jnp.argsort(_whole(state.lane) >= lanes, stable=True)
             order, state, known, positions = jax.tree.map(functools.partial(_pick, index=new), (order, state, known, positions))
-            cache, tail = jax.tree.map(functools.partial(_pick, index=new[:size], axis=1), (cache, tail))
+            cache, tail = jax.tree.map(functools.partial(_pick, index=new[:size], axis=cache.row_axis), (cache, tail))
         head = jax.tree.map(functools.partial(_pick, index=jnp.arange(size)), (state, known, positions)) if size < rows else (state, known, positions)
         few, tail = _run(model, params, marks, options, cache, tail, *head, smaller=smaller)
         state = few if size == rows else jax.tree.map(_over, state, few)

@@ -11,7 +11,9 @@ import transformers
 from helpers.checkpoints import quiet, tiny_llava
 from helpers.tiny import MIXED, Tiny, answer_sums, batch_of, prefill, quick_jit, rows, sample
 
+from mmalign_jax.models.apart import are_apart, layers_apart
 from mmalign_jax.sampling import DecodeOptions, LaneStart, decode_lanes, lane_keys
+from mmalign_jax.sampling.decode import Marks
 from mmalign_jax.types import FIRST_ANSWER, PREFIX
 
 X = 12
@@ -67,6 +69,26 @@ def test_log_probs_equal_teacher_forced_ones(tiny, batch, warm):
 def test_a_lane_depends_on_its_record_alone(tiny, batch, warm):
     moved = quick_jit(lambda batch: sample(tiny.model, tiny.params, batch, WARM, lanes=2))(rows(batch, 3, 2, 0))
     np.testing.assert_array_equal(moved.tokens, warm.tokens[[3, 2, 0], :2])
+
+
+@pytest.mark.parametrize("name", ["tiny", "windowed"])
+def test_layers_apart_write_what_stacked_layers_write(request, name):
+    tiny = request.getfixturevalue(name)
+    batch, options = batch_of(MIXED, tiny.processor), dataclasses.replace(WARM, top_p=1.0)
+    apart = layers_apart(tiny.params)
+    assert are_apart(apart) and not are_apart(tiny.params)
+    write = quick_jit(lambda params, batch: sample(tiny.model, params, batch, options, lanes=2))
+    stacked, found = write(tiny.params, batch), write(apart, batch)
+    np.testing.assert_array_equal(found.tokens, stacked.tokens)
+    np.testing.assert_allclose(found.logps, stacked.logps, rtol=2e-5, atol=1e-6)
+
+
+def test_draws_are_those_of_jax_random_categorical():
+    keys = lane_keys(jax.random.key(0), jnp.arange(64, dtype=jnp.uint32), jnp.zeros(64, jnp.int32), 2)
+    logits = 3 * jax.random.normal(jax.random.key(1), (64, 2, 50))
+    drawn = Marks.of(DecodeOptions(X), 50).draw(logits, keys, jnp.int32(5), DecodeOptions(X, temperature=1.0))
+    fold = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, 5)))
+    np.testing.assert_array_equal(drawn, jax.vmap(jax.vmap(jax.random.categorical))(fold(keys), logits))
 
 
 def test_keys_differ_by_seed_record_draw_and_lane():
