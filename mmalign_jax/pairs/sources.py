@@ -24,6 +24,7 @@ from mmalign_jax.pairs.judge.settings import asks_of, check_asked
 from mmalign_jax.pairs.own_answers import OWN, Own, OwnAnswers, Prompt
 from mmalign_jax.pairs.reward_model import layout_of
 from mmalign_jax.pairs.scorers import reference_text, shown
+from mmalign_jax.pairs.sentences import swap_yes_no
 from mmalign_jax.pairs.views.table import BY_NAME as VIEWS
 from mmalign_jax.types import PreferenceRecord, record_key
 
@@ -212,7 +213,7 @@ class Swap:
         return [self._answers(prompt.record, draw) for prompt in prompts]
 
     def _answers(self, record: PreferenceRecord, draw: int) -> list[Own]:
-        """One, or none where the reference names nothing, or nothing could stand in its place."""
+        """One; none where the reference names nothing and begins with neither yes nor no, or where nothing could stand in its place."""
         text = _reference(record, "swap")
         found = self.mentions(text)
         there = {mention.kind for mention in found}
@@ -220,7 +221,8 @@ class Swap:
             known = shown(record, self.mentions)
             found, there = [mention for mention in found if mention.kind in known], there | known
         if not found:
-            return []
+            turned = swap_yes_no(text)
+            return [] if turned is None else [_given(self.processor, turned[0], "swap")]
         drawn = random.Random(f"{self.seed} {record_key(record.id)} {draw}")
         chosen = sorted(drawn.sample(range(len(found)), min(self.count, len(found))), reverse=True)
         for mention in (found[number] for number in chosen):  # from the back, so that places stay true
@@ -263,7 +265,8 @@ _KINDS = {
         Kind("dataset", "the answers that the set has, to be scored anew."),
         Kind(
             "swap",
-            "the reference with `count` of the things that it names exchanged for others (by the table of the scorer `objects`).",
+            "the reference with `count` of the things that it names exchanged for others, by the table of the scorer `objects`; where it names "
+            "nothing that is there, its leading yes or no.",
             (Number("count", 1, low=1, high=1000),),
         ),
         Kind("edit", "the reference as the chat model of `config.judge` rewrites it; by default it adds a mistake."),

@@ -95,7 +95,8 @@ def test_swapped_things_are_not_there(ask):
     found = texts(ask("swap"))
     assert found[0][0] in {f"A {one} sits beside a dog." for one in ("cup",)} | {"A cat sits beside a cup."}
     assert found[1][0] in ("An ant and a cup.", "An egg and a cup.")  # it has no cup to be exchanged, and "an" stays true
-    assert found[2] == []  # what it names it denies
+    assert found[2] == ["Yes, there is no cup."]  # what it names it denies
+    assert texts(ask("swap", [dataclasses.replace(RECORDS[2], responses=(Response("Nothing."),))])) == [[]]
     assert texts(ask("swap")) == found and texts(ask("swap(2)"))[0] == []  # one thing is left to take two places
     seen = {texts(ask("swap", draw=draw))[1][0] for draw in range(8)}
     assert len(seen) == 2
