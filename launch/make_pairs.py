@@ -22,6 +22,7 @@ from mmalign_jax.data.sources import scenes
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs.offline import OfflinePairs, make_offline
+from mmalign_jax.pairs.sampled_records import SampleStatistics
 from mmalign_jax.report.console import Console
 
 SCENES = "scenes"  # as --data: the built-in world
@@ -57,10 +58,13 @@ def main(config: Config) -> int:
 
 def _print(made: OfflinePairs, console: Console) -> None:
     plain = dataclasses.asdict(made.statistics)
-    by_iteration, refused = plain.pop("by_iteration", {}), plain.pop("refused", {})
+    by_iteration, refused, asked = plain.pop("by_iteration", {}), plain.pop("refused", {}), plain.pop("asked", {})
+    if isinstance(made.statistics, SampleStatistics):
+        plain["score"] = made.statistics.mean_score
     cells = [(name, f"{value:g}") for name, value in plain.items()] + [("records left out", str(len(made.left_out)))]
     cells += [(f"ended in iteration {number}", str(count)) for number, count in by_iteration.items()]
     cells += [(f"refused: {reason}", str(count)) for reason, count in refused.items()]
+    cells += [(name, str(count)) for name, count in asked.items()]
     console.table(cells, ("", "count"))
 
 

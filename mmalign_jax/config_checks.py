@@ -3,8 +3,6 @@
 from mmalign_jax.config import PARTS, Config
 from mmalign_jax.errors import UserError
 
-_OFFLINE_SOURCES = ("continued", "dataset", "swap", "edit")
-
 
 def check_across(config: Config) -> None:
     """Raises UserError for settings that do not go together; the message names one of them, and what to do."""
@@ -56,15 +54,12 @@ def _check_samples(config: Config) -> None:
             f'config.pairs.maker: {objective.name} learns from answers that the policy draws during training; set it to "samples", and '
             'config.pairs.when to "online"'
         )
-    chosen_by_scores = objective.of_samples or not samples.selector.startswith(("by_source", "reference_against_own"))
-    if drawn and not samples.scorers and chosen_by_scores:
-        raise UserError("config.samples.scorers: say what answers are worth; pairs.scorers lists what there is")
+    if objective.of_samples and not samples.scorers:
+        raise UserError("config.samples.scorers: say what the policy's answers are worth; pairs.scorers lists what there is")
     if objective.of_samples and samples.sources != ("policy",):
         raise UserError(f"config.samples.sources: {objective.name} learns from the policy's answers alone; leave it at policy")
-    if online and (given := [one for one in samples.sources if one.split("(")[0].strip() in _OFFLINE_SOURCES]):
-        raise UserError(f"config.samples.sources: {given[0]} gives answers before training (config.pairs.when = offline), not between its steps")
-    if drawn and samples.count == 1 and (objective.of_samples or (len(samples.sources) == 1 and "reference" not in samples.selector)):
-        raise UserError("config.samples.count: one answer is compared with nothing; draw several, or give another source")
+    if objective.of_samples and samples.count == 1:
+        raise UserError(f"config.samples.count: {objective.name} compares the answers to a prompt; draw several")
     if not all(samples.stop_strings):
         raise UserError("config.samples.stop_strings: an empty string ends nothing; leave it out")
     if objective.of_samples and samples.temperature != 1.0:

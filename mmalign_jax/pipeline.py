@@ -26,12 +26,12 @@ from mmalign_jax.evaluation.generate import Generator
 from mmalign_jax.files import write_json
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.losses import Need
-from mmalign_jax.pairs.answers import plan_answers, scorers_of
+from mmalign_jax.pairs.answers import check_settings as check_answers
+from mmalign_jax.pairs.answers import plan_answers
 from mmalign_jax.pairs.offline import make_cached, make_offline, plan_sampler
 from mmalign_jax.pairs.online import BdhsBatches
 from mmalign_jax.pairs.online_samples import GroupBatches, PairBatches
 from mmalign_jax.pairs.selectors import parse as parse_selector
-from mmalign_jax.pairs.sources import parse as parse_sources
 from mmalign_jax.report.console import Console
 from mmalign_jax.report.environment import environment
 from mmalign_jax.report.html import write_report
@@ -108,9 +108,7 @@ class _Run:
         if self.loss.view is not None:
             self.console.line(f"Corrupted images: {self.loss.view}")
         if c.pairs.maker == "samples":  # mistakes in them are told before anything is measured
-            parse_selector(c.samples.selector, "config.samples.selector")
-            scorers_of(c)
-            parse_sources(c.samples.sources)
+            check_answers(c, p.processor, of_samples=self.objective.of_samples)
         self.skipped: list[SkippedRow] = []
         options = {"batch_size": c.eval.batch_size, "max_new_tokens": c.eval.max_new_tokens, "data": c.data}
         self.generator = Generator(p.model, p.processor, p.mesh, **options)
@@ -241,9 +239,12 @@ class _Run:
         """Answers that the policy draws between steps: groups for objectives that learn from rewards, pairs for others."""
         c, p = self.config, self.policy
         of_samples = self.objective.of_samples
+        selector = parse_selector(c.samples.selector, "config.samples.selector")
         if Need.MARGIN in self.objective.needs and c.samples.offline_share:
             raise UserError(f"config.samples.offline_share: {self.objective.name} goes by margins, and those of the set's pairs are of another kind")
-        reads_reference = parse_selector(c.samples.selector, "config.samples.selector").reads_reference
+        if Need.MARGIN in self.objective.needs and not selector.compares:
+            raise UserError(f"config.samples.selector: {self.objective.name} goes by margins, and {selector.name} gives none")
+        reads_reference = selector.reads_reference
         # what rows may hold beside answers of the policy
         own = 0 if of_samples else 2 if c.samples.offline_share else int(reads_reference)
         rows, replies = min(c.samples.batch_size, c.train.batch_size), self.workdir / "replies.jsonl"

@@ -1,4 +1,4 @@
-"""CLIP-DPO (arXiv 2408.10433): the model's own answers by their similarity with the picture; and not longer ones over shorter ones.
+"""CLIP-DPO (arXiv 2408.10433): the model's own answers by their similarity with the picture; pairs of unlike length are left out.
 
     python launch/make_pairs.py --config configs/pairs/clip_dpo.py --model DIR --data SET --out PAIRS --config.samples.clip=CLIP_DIR
 """

@@ -1,4 +1,4 @@
-"""The set's references against themselves with one thing exchanged for another that the picture does not show, by a table of words.
+"""The set's references against themselves with one kind of thing exchanged for another that they do not name, by a table of words.
 
     python launch/make_pairs.py --config configs/pairs/swap.py --model DIR --data SET --out PAIRS --config.samples.synonyms=TABLE.json
 """

@@ -162,6 +162,14 @@ class Processor:
             word_start=np.append(word_start, False),
         )
 
+    def readable(self, text: str) -> bool:
+        """Whether the text can be an answer: what a model writes may be empty, or hold special tokens."""
+        try:
+            self.answer(text)
+        except UserError:
+            return False
+        return True
+
     def answer_ids(self, text: str, prefix: str = "") -> tuple[Int32[np.ndarray, " R"], Bool[np.ndarray, " R"]]:
         """Ids and scored mask of `answer`."""
         answer = self.answer(text, prefix)

@@ -18,6 +18,7 @@ from mmalign_jax.pairs.bdhs import check_one_process
 from mmalign_jax.pairs.own_answers import Own, Prompt
 from mmalign_jax.pairs.scorers import Scored, Scorers, Truth, parse
 from mmalign_jax.pairs.selectors import Candidate
+from mmalign_jax.pairs.selectors import parse as parse_selector
 from mmalign_jax.pairs.sources import Edit, Source
 from mmalign_jax.scenes import language
 from mmalign_jax.types import PreferenceRecord
@@ -30,6 +31,7 @@ class Answered:
     prompt: Prompt
     answers: Sequence[Own]
     scored: Sequence[Scored]
+    without: Sequence[str] = ()  # sources that had no answer to it
 
     def candidates(self) -> list[Candidate]:
         return [_candidate(one, scored.total) for one, scored in zip(self.answers, self.scored, strict=True)]
@@ -60,9 +62,11 @@ class Answerer:
             row = tokenize(record, None, self.processor, 0, **limits)
             prompts.append(Prompt(record, row, lay_out_pictures(record, self.processor, self.layout, row)))
         of_sources = [source(params, prompts, draw) for source in self.sources]
-        answers = [[one for each in of_record for one in each] for of_record in zip(*of_sources, strict=True)]
-        scored = self.scorers(records, [[_candidate(one, None) for one in each] for each in answers])
-        return [Answered(*one) for one in zip(prompts, answers, scored, strict=True)]
+        by_record = list(zip(*of_sources, strict=True))
+        answers = [[one for each in of_record for one in each] for of_record in by_record]
+        scored = self.scorers(records, [[_candidate(one, None) for one in each] for each in answers], self.processor.readable)
+        without = [[source.name for source, each in zip(self.sources, of_record, strict=True) if not each] for of_record in by_record]
+        return [Answered(*one) for one in zip(prompts, answers, scored, without, strict=True)]
 
 
     @property
@@ -101,6 +105,31 @@ def plan_answers(
         scorers.check(records[index])
     opened = sources.open_sources(sources.parse(samples.sources), policy, config, prompts, rows, mentions_of(config), replies)
     return Answerer(processor, opened, scorers, prompts), plan
+
+
+def check_settings(config: Config, processor: Processor, *, of_samples: bool) -> None:
+    """Raises UserError for sources, scorers and selectors that are written wrongly, lack their settings, or do not go together.
+
+    Args:
+      of_samples: whether the objective learns from rewards, so that no selector is asked.
+    """
+    samples = config.samples
+    scorers_of(config)
+    named = sources.parse(samples.sources)
+    sources.check_settings(named, config, processor, mentions_of(config))
+    selector = parse_selector(samples.selector, "config.samples.selector")
+    if config.pairs.when == "online" and (late := [one.name for one in named if not one.online]):
+        raise UserError(f"config.samples.sources: {late[0]} gives answers before training (config.pairs.when = offline), not between its steps")
+    if of_samples:
+        return
+    if selector.compares and not samples.scorers:
+        raise UserError(f"config.samples.scorers: {selector.name} goes by scores; say what answers are worth")
+    if samples.gap and not selector.compares:
+        raise UserError(f"config.samples.gap: {selector.name} does not go by scores; leave it 0")
+    if sum(one.most(samples.count) for one in named) + selector.reads_reference < 2:
+        raise UserError("config.samples.count: one answer is compared with nothing; draw several, or give another source")
+    if selector.name == "by_source" and len(named) < 2:
+        raise UserError("config.samples.sources: by_source sets answers of a source above those of another; give two")
 
 
 def scorers_of(config: Config) -> Scorers:

@@ -17,7 +17,7 @@ from mmalign_jax.data.layout import RowTokens, lay_out, stack_rows, tokenize
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.models.mllm import Mllm
-from mmalign_jax.pairs.reward_model import layout_of
+from mmalign_jax.pairs.rows import layout_of
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.types import PREFIX, PairBatch, Part, PreferenceRecord, Turn
 
@@ -41,7 +41,7 @@ class Claims:
           limits: the bounds on images are read of it.
 
         Raises:
-          UserError: the tokenizer cannot write yes or no, or does not tell them apart by their first tokens.
+          UserError: the tokenizer cannot write yes or no, does not tell them apart by their first tokens, or cannot read the question.
         """
         limits = limits or DataConfig()
         self._critic, self._question = critic, question
@@ -52,6 +52,10 @@ class Claims:
         affirms, denies = (_first_tokens(critic, words) for words in (_YES, _NO))
         if (affirms & denies).any():
             raise UserError(f"{critic.path}: its tokenizer begins yes and no with the same token, so the scorer claims cannot tell them apart")
+        try:
+            critic.processor.prompt_ids((Turn("user", (Part(text=question.replace("{claim}", "").strip() or "?"),)),), ())
+        except UserError as error:
+            raise UserError(f"config.samples.claim: {critic.path} cannot read the question ({error})") from error
         self._run = jax.jit(functools.partial(_denied, critic.model, affirms, denies))
 
     def check(self, record: PreferenceRecord) -> None:
@@ -66,19 +70,23 @@ class Claims:
             for claim in (claim for claims in texts for claim in claims if claim):
                 asked.setdefault((number, claim), len(asked))
         denied = self._denies([self._about(records[number], claim) for number, claim in asked])
-        count = lambda number, claims: -float(sum(denied[asked[number, claim]] for claim in claims if claim))  # noqa: E731
-        return [[count(number, claims) for claims in texts] for number, texts in enumerate(sentences)]
+        score = lambda number, claims: _minus_denied([denied[asked[number, claim]] for claim in claims if claim])  # noqa: E731
+        return [[score(number, claims) for claims in texts] for number, texts in enumerate(sentences)]
 
     def _about(self, record: PreferenceRecord, claim: str) -> PreferenceRecord:
         pictures = tuple(Part(media=index) for index in range(len(record.media)))
         question = Part(text=self._question.replace("{claim}", claim))
         return dataclasses.replace(record, turns=(Turn("user", (*pictures, question)),), responses=(), prefs=(), prefix="")
 
-    def _denies(self, questions: Sequence[PreferenceRecord]) -> list[bool]:
+    def _denies(self, asked: Sequence[PreferenceRecord]) -> list[bool | None]:
+        """Whether each question is denied; None for one that is longer than the critic's positions."""
         processor, out = self._critic.processor, []
-        rows: list[RowTokens] = [tokenize(one, None, processor, 0, **self._limits) for one in questions]
+        all_rows: list[RowTokens] = [tokenize(one, None, processor, 0, **self._limits) for one in asked]
+        fits = [row.size.prefix <= processor.traits.max_positions for row in all_rows]
+        questions = [one for one, fit in zip(asked, fits, strict=True) if fit]
+        rows = [row for row, fit in zip(all_rows, fits, strict=True) if fit]
         if not rows:
-            return out
+            return [None] * len(asked)
         layout = layout_of(rows, processor, self._limits)
         for start in range(0, len(questions), self._rows):
             some = list(range(start, min(start + self._rows, len(questions))))
@@ -88,7 +96,12 @@ class Claims:
             with jax.set_mesh(self._critic.mesh):
                 batch = to_device(stack_rows(laid, layout), self._critic.mesh, batch_axis=0)
                 out += np.asarray(jax.device_get(self._run(self._params, batch)))[: len(some)].tolist()
-        return out
+        known = iter(out)
+        return [next(known) if fit else None for fit in fits]
+
+
+def _minus_denied(denied: Sequence[bool | None]) -> float | None:
+    return None if None in denied else -float(sum(denied))
 
 
 def _first_tokens(critic: Pretrained, words: Sequence[str]) -> Bool[np.ndarray, " V"]:

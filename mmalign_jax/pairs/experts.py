@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from mmalign_jax.config import Config
+from mmalign_jax.config import Config, JudgeConfig
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs.claims import Claims
@@ -15,6 +15,8 @@ from mmalign_jax.pairs.judge.settings import asks_of, check_asked, question_of
 from mmalign_jax.pairs.reward_model import RewardModel
 from mmalign_jax.pairs.scorers import Expert, Scorers, reference_text
 from mmalign_jax.types import PreferenceRecord
+
+_TELLING = 8  # so many replies without one verdict are no accident
 
 
 def check_settings(scorers: Scorers, config: Config) -> None:
@@ -46,14 +48,15 @@ def with_experts(scorers: Scorers, policy: Pretrained, config: Config, replies: 
     for name in scorers.expected:
         if name == "judge":
             prompt = Prompt.load(config.judge.prompt)
-            experts[name] = Judged(Judge(asks_of(config, policy, prompt.read, replies), prompt, both_orders=config.judge.both_orders), prompt)
+            judge = Judge(asks_of(config, policy, prompt.read, replies), prompt, both_orders=config.judge.both_orders)
+            experts[name] = Judged(judge, prompt, config.judge)
         elif name == "reward_model":
             model = RewardModel.read(config.samples.reward_model, policy.mesh, config.model.compute_dtype, limits=config.data)
             experts[name] = Model(model.scores)
         elif name == "clip":
             clip = ClipScorer.read(config.samples.clip, limits=config.data)
             experts[name] = Model(clip.scores, clip.check)
-        else:
+        elif name == "claims":
             critic = Pretrained.read(Path(config.samples.critic), policy.mesh, config.model.compute_dtype) if config.samples.critic else policy
             experts[name] = Claims(critic, config.samples.claim, limits=config.data)
     return dataclasses.replace(scorers, experts=experts)
@@ -66,6 +69,7 @@ class Judged:
 
     judge: Judge
     prompt: Prompt
+    config: JudgeConfig
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -77,24 +81,41 @@ class Judged:
 
     def __call__(self, records: Sequence[PreferenceRecord], answers: Sequence[Sequence[str]]) -> list[list[float | None]]:
         compares = self.prompt.kind == "compare"
+        distinct = [list(dict.fromkeys(texts)) for texts in answers]
         asked: list[Answer] = []
-        for record, texts in zip(records, answers, strict=True):
+        for record, texts in zip(records, distinct, strict=True):
             shared = {"question": question_of(record), "reference": reference_text(record), "pictures": record.media}
             sides = itertools.combinations(texts, 2) if compares else ((text, "") for text in texts)
             asked += [Answer(first=first, second=second, **shared) for first, second in sides]
-        verdicts = iter([verdict.value for verdict in self.judge(asked)])
+        found = self.judge(asked)
+        if len(found) >= _TELLING and all(verdict.value is None for verdict in found):
+            raise UserError(
+                f"config.judge.prompt: not one of {len(found)} replies has a verdict in the form that {self.config.prompt} asks for; the last is "
+                f"{found[-1].replies[-1][:200]!r}"
+            )
+        verdicts = iter([verdict.value for verdict in found])
         if compares:
-            return [_won(len(texts), {pair: next(verdicts) for pair in itertools.combinations(range(len(texts)), 2)}) for texts in answers]
+            first_wins = [{pair: next(verdicts) for pair in itertools.combinations(texts, 2)} for texts in distinct]
+            return [_won(texts, known) for texts, known in zip(answers, first_wins, strict=True)]
         low, high = self.prompt.scale
-        return [[None if (value := next(verdicts)) is None else (value - low) / (high - low) for _ in texts] for texts in answers]
+        of_text = [{text: next(verdicts) for text in texts} for texts in distinct]
+        share = lambda value: None if value is None else (value - low) / (high - low)  # noqa: E731
+        return [[share(known[text]) for text in texts] for texts, known in zip(answers, of_text, strict=True)]
 
 
-def _won(count: int, first_wins: Mapping[tuple[int, int], float | None]) -> list[float | None]:
-    """The share of its comparisons that each answer wins, of those with a verdict; None without any."""
+def _won(texts: Sequence[str], first_wins: Mapping[tuple[str, str], float | None]) -> list[float | None]:
+    """The share of the others that each answer wins against, of those with a verdict; None without any. Equal texts are even."""
+
+    def share(one: str, other: str) -> float | None:
+        if one == other:
+            return 0.5
+        if (one, other) in first_wins:
+            return first_wins[one, other]
+        return None if (value := first_wins[other, one]) is None else 1 - value
+
     out: list[float | None] = []
-    for one in range(count):
-        known = {pair: value for pair, value in first_wins.items() if one in pair and value is not None}
-        shares = [value if first == one else 1 - value for (first, _), value in known.items()]
+    for number, one in enumerate(texts):
+        shares = [value for at, other in enumerate(texts) if at != number and (value := share(one, other)) is not None]
         out.append(sum(shares) / len(shares) if shares else None)
     return out
 

@@ -15,8 +15,8 @@ from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.files import claimed, read_json
 from mmalign_jax.hf.export import MARKER as EXPORT_MARKER
 from mmalign_jax.hf.pretrained import Pretrained
-from mmalign_jax.pairs import selectors, sources
-from mmalign_jax.pairs.answers import plan_answers, scorers_of
+from mmalign_jax.pairs import scorers, selectors, sources
+from mmalign_jax.pairs.answers import check_settings, plan_answers
 from mmalign_jax.pairs.bdhs import BdhsSampler, check_one_process, reference_of
 from mmalign_jax.pairs.bdhs_records import Statistics, make_pairs
 from mmalign_jax.pairs.journal import Journal
@@ -29,7 +29,7 @@ from mmalign_jax.types import PreferenceRecord
 
 VERSION = 3  # raised whenever the same model, records and settings make other pairs than before
 _NO_MATTER = ("maker", "when", "batch_size", "encoder", "cache")  # settings of config.pairs on which no pair depends; the encoder's files do count
-_NO_MATTER_OF_SAMPLES = ("batch_size", "offline_share", "offline_pairs")
+_NO_MATTER_OF_SAMPLES = ("batch_size", "offline_share", "offline_pairs", "reward_model", "clip", "critic")
 # settings of config.data that say which records give pairs
 _MATTER = ("on_long_row", "prefix_tokens", "answer_tokens", "on_bad_row", "max_image_pixels", "max_image_bytes", "max_frames")
 _SMALL_FILES = (".json", ".jinja", ".txt", ".model")  # of a model: sizes, tokenizer, template, processor
@@ -138,7 +138,7 @@ def identity(policy: Pretrained, records: builder.RecordSource, config: Config) 
         settings |= _of_chat_models(config)
     limits = {name: getattr(config.data, name) for name in _MATTER}
     asked = (config.samples.reward_model, config.samples.clip, config.samples.critic) if config.pairs.maker == "samples" else ()
-    asked += (config.judge.directory,) if config.judge.directory != POLICY else ()
+    asked += (config.judge.directory,) if config.judge.directory != POLICY else ()  # their files count, not their places
     others = [Path(directory) for directory in (policy.adapter, config.pairs.encoder, *asked) if directory]
     files = [file for directory in (policy.path, *others) for file in _model_files(directory)]
     parts = [VERSION, files, policy.model.dtype, records.prepared.fingerprint, settings, limits]
@@ -148,12 +148,12 @@ def identity(policy: Pretrained, records: builder.RecordSource, config: Config) 
 def _of_chat_models(config: Config) -> dict[str, Any]:
     """What replies depend on, where a chat model is asked; the address is none of it."""
     samples, judge = config.samples, config.judge
-    prompts = {"judge": judge.prompt} if "judge" in scorers_of(config).expected else {}
-    prompts |= {"edit": judge.edit_prompt} if any(one.name == "edit" for one in sources.parse(samples.sources)) else {}
+    prompts = [judge.prompt] if "judge" in scorers.read_names(samples.scorers) else []
+    prompts += [judge.edit_prompt] if any(one.name == "edit" for one in sources.parse(samples.sources)) else []
     if not prompts:
         return {}
-    options = [judge.model, judge.directory, judge.both_orders, judge.max_tokens, judge.temperature]
-    return {"chat": [options, {name: repr(Prompt.load(prompt)) for name, prompt in prompts.items()}]}
+    texts = [(one.kind, one.text, one.verdict.pattern, one.scale) for one in map(Prompt.load, prompts)]
+    return {"chat": [judge.model, judge.both_orders, judge.max_tokens, judge.temperature, texts]}
 
 
 def plan_sampler(policy: Pretrained, records: Records, config: Config) -> tuple[BdhsSampler, RowPlan]:
@@ -184,6 +184,7 @@ def _maker(policy: Pretrained, records: Records, config: Config, out: Path) -> _
         sampler, plan = plan_sampler(policy, references, config)
         nothing = "each rejected answer is its reference, or unusable; raise rho_th or the temperature"
         return _Maker(plan, references.__getitem__, lambda params, rows, counts: make_pairs(sampler, params, rows, config.pairs, counts), nothing)
+    check_settings(config, policy.processor, of_samples=False)
     reads_reference = selectors.parse(config.samples.selector, "config.samples.selector").reads_reference
     replies = out.with_name(f"{out.name}.replies.jsonl")
     answerer, plan = plan_answers(policy, records, config, answers=int(reads_reference), rows=config.samples.batch_size, replies=replies)

@@ -21,7 +21,8 @@ class GroupBatches:
     """Every row is a prompt with all answers that were drawn to it, and their rewards: what policy gradients learn from.
 
     The answers' tokens are trained on as they were drawn, without a way through their texts. Without `config.unfinished` the tokens of an answer
-    that ran out of them do not count; its reward is compared with the others' all the same.
+    that ran out of them do not count; its reward is compared with the others' all the same. A
+    group in which an answer has no verdict does not count: its advantages would be those of another group.
 
     Args:
       plan: rows without answers (K = 0).
@@ -53,11 +54,11 @@ class GroupBatches:
     def _row(self, group: Answered, layout: RowLayout) -> dict[str, Any]:
         row = _row(group.prompt, group.answers)
         out = {**lay_out_tokens(group.prompt.record, None, self._answerer.processor, layout, row), **group.prompt.pictures}
-        judged = [scored.total is not None for scored in group.scored]
-        counts = [known and (answer.finished or self._config.unfinished) for answer, known in zip(group.answers, judged, strict=True)]
+        judged = all(scored.total is not None for scored in group.scored)
+        counts = [judged and (answer.finished or self._config.unfinished) for answer in group.answers]
         out["token_weight"][layout.prefix_slots :] *= np.repeat(counts, layout.answer_slots)
         known = [scored.total for scored in group.scored if scored.total is not None]
-        usual = sum(known) / len(known) if known else 0.0  # moves no mean; the answer's tokens do not count
+        usual = sum(known) / len(known) if known else 0.0
         rewards = np.array([usual if scored.total is None else scored.total for scored in group.scored], np.float32)
         sampled = Sampled(rewards, row_tokens=np.float32(0), limit=np.float32(self._config.max_tokens))
         return {**out, "sampled": sampled, "drawn_logps": _drawn([one.logps for one in group.answers], layout)}

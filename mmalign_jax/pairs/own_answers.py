@@ -59,20 +59,29 @@ class OwnAnswers:
       layout: of the prompts (K = 0).
       rows: prompts of a device batch.
       view: what the policy sees in the place of the pictures. The answers' source is then the view.
+      source: their source by another name; each has draws of its own.
 
     Raises:
       UserError: a stop string holds a special token, which ends an answer, or is never drawn, by itself.
     """
 
     def __init__(
-        self, model: Mllm, processor: Processor, mesh: Mesh, config: SamplesConfig, layout: RowLayout, rows: int, view: View | None = None
+        self,
+        model: Mllm,
+        processor: Processor,
+        mesh: Mesh,
+        config: SamplesConfig,
+        layout: RowLayout,
+        rows: int,
+        view: View | None = None,
+        source: str = "",
     ):
         if layout.answers:
             raise ValueError("answers are drawn behind prompts, rows without answers")
         self._processor, self._mesh, self._layout = processor, mesh, layout
         self._rows = mesh_lib.batch_rows(mesh, rows)
-        self.source = OWN if view is None else str(view)
-        self._seed, self._stream = config.seed, 0 if view is None else record_key(self.source)
+        self.name, self.max_tokens = source or (OWN if view is None else str(view)), config.max_tokens
+        self._seed, self._stream = config.seed, 0 if self.name == OWN else record_key(self.name)
         for text in config.stop_strings:
             processor.check_plain(text)
         options = DecodeOptions(
@@ -116,8 +125,8 @@ class OwnAnswers:
         out = []
         for lane, length in enumerate(samples.lengths[row]):
             tokens, logps = samples.tokens[row, lane, :length], samples.logps[row, lane, :length]
-            known = logps if self.source == OWN else np.full_like(logps, np.nan)
-            out.append(Own(tokens, known, self._processor.decode(tokens), bool(samples.stopped[row, lane]), self.source))
+            known = logps if self.name == OWN else np.full_like(logps, np.nan)
+            out.append(Own(tokens, known, self._processor.decode(tokens), bool(samples.stopped[row, lane]), self.name))
         return out
 
 

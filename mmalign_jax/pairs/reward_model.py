@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -13,16 +13,14 @@ from jaxtyping import Array, Float
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data.device import to_device
-from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out, stack_rows, tokenize
+from mmalign_jax.data.layout import RowTokens, lay_out, stack_rows, tokenize
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
-from mmalign_jax.hf.processor import Processor
 from mmalign_jax.hf.score_head import FILE, has_head
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.score_head import at_ends
+from mmalign_jax.pairs.rows import layout_of
 from mmalign_jax.types import PairBatch, PreferenceRecord
-
-_PREFIX, _ANSWER = 64, 32  # slots are rounded up to multiples of these, so that similar calls share a program
 
 
 class RewardModel:
@@ -97,27 +95,6 @@ class RewardModel:
         processor = self.policy.processor
         prompt = tokenize(record, None, processor, 0, **self._limits)
         return dataclasses.replace(prompt, answers=tuple(processor.answer_ids(text, record.prefix) for text in texts))
-
-
-def layout_of(rows: Sequence[RowTokens], processor: Processor, limits: Mapping[str, int]) -> RowLayout:
-    """A layout that holds the rows, with slots that similar rows also get.
-
-    Args:
-      limits: `max_pixels` and `max_bytes` of a picture.
-    """
-    sizes, blank = [row.size for row in rows], processor.pictures.blank
-    up = lambda longest, multiple: -(-longest // multiple) * multiple  # noqa: E731
-    canvases = [blank.canvas, *(size.canvas for size in sizes)]
-    return RowLayout(
-        prefix_slots=up(max(size.prefix for size in sizes), _PREFIX),
-        answer_slots=up(max(size.longest for size in sizes), _ANSWER),
-        answers=max(len(size.answers) for size in sizes),
-        images=max([blank.tiles, *(size.images for size in sizes)]),
-        canvas=(max(y for y, _ in canvases), max(x for _, x in canvases)),
-        patch_slots=max([blank.slots, *(size.patch_slots for size in sizes)]),
-        max_positions=processor.traits.max_positions,
-        **limits,
-    )
 
 
 def _padded(row: RowTokens, answers: int) -> RowTokens:

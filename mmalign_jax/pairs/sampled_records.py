@@ -27,7 +27,8 @@ class SampleStatistics:
       answers: of all sources.
       judged: answers with a verdict of all scorers.
       score: sum of what these are worth.
-      refused: reason -> answers, or pairs of them, that were refused.
+      refused: reason -> answers, or pairs of them, that were refused, and answers that a source did not have.
+      asked: how those who were asked answered, by the names of metrics.
     """
 
     records: int = 0
@@ -39,12 +40,17 @@ class SampleStatistics:
     judged: int = 0
     score: float = 0.0
     refused: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    asked: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def mean_score(self) -> float:
+        return self.score / max(self.judged, 1)
 
     def in_words(self) -> str:
         refused = ", ".join(f"{count} {reason}" for reason, count in self.refused.items())
         return (
             f"{self.pairs} pairs from {self.paired} of {self.records} records; {self.answers} answers, {self.unfinished} of them out of tokens, of "
-            f"score {self.score / max(self.judged, 1):.3f} on average; refused: {refused or 'none'}"
+            f"score {self.mean_score:.3f} on average; refused: {refused or 'none'}"
         )
 
     def plus(self, answered: Answered, pairs: int, refused: Mapping[str, int]) -> "SampleStatistics":
@@ -73,10 +79,12 @@ def sampled_pairs(
     where the selector reads it. A record's answers depend on it and the seed alone.
     """
     selector = selectors.parse(config.selector, "config.samples.selector")
+    asked_before = collections.Counter(statistics.asked)
     filters = Filters(gap=config.gap, length_ratio=config.length_ratio, unfinished=config.unfinished)
     for chunk in _batched(records, config.batch_size):
         for answered in answerer(params, chunk, draw=0):
             record, drawn, left_out = answered.prompt.record, answered.candidates(), collections.Counter()
+            left_out.update(f"no {name}" for name in answered.without)
             candidates = []
             for one in drawn:
                 if reason := _unusable(one, answerer.processor):
@@ -88,7 +96,9 @@ def sampled_pairs(
                 candidates.append(Candidate(reference.text, REFERENCE))
             selection = selector(candidates, filters)
             statistics = statistics.plus(answered, len(selection.pairs), collections.Counter(selection.refused) + left_out)
-            responses = tuple(Response(one.text, source=one.source, score=one.score) for one in candidates)
+            statistics = dataclasses.replace(statistics, asked=dict(asked_before + collections.Counter(answerer.counts)))
+            judged = bool(config.scorers)
+            responses = tuple(Response(one.text, source=one.source, score=one.score if judged else None) for one in candidates)
             made = {name: getattr(config, name) for name in ("seed", "temperature", "top_p", "top_k", "selector")}
             meta = {**record.meta, "samples": {**made, "sources": list(config.sources), "scorers": list(config.scorers)}}
             changed = dataclasses.replace(record, responses=responses, prefs=selection.pairs, prefix="", complete=True, meta=meta)

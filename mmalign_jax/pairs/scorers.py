@@ -99,10 +99,15 @@ class Scorers:
         """How the experts' judging went so far, by the names of metrics."""
         return {name: count for expert in self.experts.values() for name, count in expert.counts.items()}
 
-    def __call__(self, records: Sequence[PreferenceRecord], answers: Sequence[Sequence[Candidate]]) -> list[list[Scored]]:
-        """What each of the answers to each record is worth; `check` has found nothing wrong with the records."""
-        texts = [[one.text for one in each] for each in answers]
-        verdicts = {name: self.experts[name](records, texts) for name in self.expected}
+    def __call__(
+        self, records: Sequence[PreferenceRecord], answers: Sequence[Sequence[Candidate]], readable: Callable[[str], bool] = bool
+    ) -> list[list[Scored]]:
+        """What each of the answers to each record is worth; `check` has found nothing wrong with the records.
+
+        Args:
+          readable: whether an expert can be shown a text; there is no verdict on others.
+        """
+        verdicts = {name: _of_readable(self.experts[name], records, answers, readable) for name in self.expected}
         out = []
         for number, (record, each) in enumerate(zip(records, answers, strict=True)):
             of_record = {name: found[number] for name, found in verdicts.items()}
@@ -141,6 +146,15 @@ class Scorers:
             expert.check(record)
 
 
+def _of_readable(
+    expert: Expert, records: Sequence[PreferenceRecord], answers: Sequence[Sequence[Candidate]], readable: Callable[[str], bool]
+) -> list[list[float | None]]:
+    kept = [[readable(one.text) for one in each] for each in answers]
+    shown_texts = [[one.text for one, is_kept in zip(*both, strict=True) if is_kept] for both in zip(answers, kept, strict=True)]
+    found = [iter(each) for each in expert(records, shown_texts)]
+    return [[next(each) if is_kept else None for is_kept in of_record] for each, of_record in zip(found, kept, strict=True)]
+
+
 def parse(texts: Sequence[str], truth: Truth, where: str = "config.samples.scorers") -> Scorers:
     """Reads scorers, such as ("objects", "missing_end(-8)").
 
@@ -159,6 +173,11 @@ def parse(texts: Sequence[str], truth: Truth, where: str = "config.samples.score
     if ("format" in parts) != (truth.pattern is not None):
         raise UserError("config.samples.pattern: a regular expression goes with the scorer format, and only with it")
     return Scorers(tuple(parts.values()), truth)
+
+
+def read_names(texts: Sequence[str], where: str = "config.samples.scorers") -> tuple[str, ...]:
+    """The names of the scorers that are written. Raises UserError: see `calls.Table.read`."""
+    return tuple(_TABLE.read(text, where)[0] for text in texts)
 
 
 def names() -> tuple[str, ...]:

@@ -161,12 +161,12 @@ def best_worst(candidates: Sequence[Candidate]) -> list[Edge]:
 
 
 def reference_against_own(candidates: Sequence[Candidate], most: int = 0) -> list[Edge]:
-    """The reference over other answers (SeVa, arXiv 2404.10501). The least similar first, where similarity is the score."""
+    """The reference over other answers (SeVa, arXiv 2404.10501), those that score least first. Nobody judges: margin 0."""
     first = next((index for index, one in enumerate(candidates) if one.source == REFERENCE), None)
     if first is None:
         return []
     own = [index for index in reversed(_scored(candidates)) if index != first]
-    edges = [(first, index, 1.0 - candidates[index].score) for index in own]
+    edges = [(first, index, 0.0) for index in own]
     return edges[:most] if most else edges
 
 

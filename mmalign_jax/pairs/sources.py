@@ -22,7 +22,7 @@ from mmalign_jax.pairs.calls import Number, Table, Value
 from mmalign_jax.pairs.judge.editor import Editor
 from mmalign_jax.pairs.judge.settings import asks_of, check_asked
 from mmalign_jax.pairs.own_answers import OWN, Own, OwnAnswers, Prompt
-from mmalign_jax.pairs.reward_model import layout_of
+from mmalign_jax.pairs.rows import layout_of
 from mmalign_jax.pairs.scorers import reference_text, shown
 from mmalign_jax.pairs.sentences import swap_yes_no
 from mmalign_jax.pairs.views.table import BY_NAME as VIEWS
@@ -37,16 +37,26 @@ class Source(Protocol):
       DataError, UserError: a record lacks what its answers are made from.
     """
 
+    @property
+    def name(self) -> str: ...
+
     def __call__(self, params: dict, prompts: Sequence[Prompt], draw: int) -> list[list[Own]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of source that is not a view."""
+    """A kind of source that is not a view.
+
+    Args:
+      online: whether it can be asked between the steps of a run.
+      drawn: whether the policy draws its answers, `count` of them to a prompt; otherwise there is one, or the set's own number.
+    """
 
     name: str
     description: str
     arguments: tuple[Number, ...] = ()
+    online: bool = False
+    drawn: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +70,19 @@ class Named:
     def view(self) -> views.View | None:
         """What its answers see, where it is a view."""
         return views.View(self.name, tuple(self.arguments.items())) if self.name in VIEWS else None
+
+    @property
+    def online(self) -> bool:
+        return self.view is not None or _KINDS[self.name].online
+
+    def most(self, count: int) -> int:
+        """Answers to a prompt, where `count` are drawn; of the set's own at least so many."""
+        if self.view is not None or _KINDS[self.name].drawn:
+            return count
+        return 2 if self.name == "dataset" else 1
+
+    def __str__(self) -> str:
+        return f"{self.name}({','.join(f'{name}={value}' for name, value in self.arguments.items())})" if self.arguments else self.name
 
 
 def parse(texts: Sequence[str], where: str = "config.samples.sources") -> tuple[Named, ...]:
@@ -90,6 +113,17 @@ def summary(name: str) -> str:
     return _KINDS[name].description
 
 
+def check_settings(named: Sequence[Named], config: Config, processor: Processor, mentions: Mentions | None) -> None:
+    """Raises UserError for a source that lacks its settings, or that this model cannot be asked for."""
+    for one in named:
+        if one.name == "edit":
+            edit_prompt(config.judge)
+        if one.name == "swap" and mentions is None:
+            raise UserError("config.samples.synonyms: the source swap looks words up in a table; give a JSON file: kind -> words that name it")
+        if one.name == "continued" and processor.traits.prefix_attends:
+            raise UserError("config.samples.sources: this model's prompt sees all of itself, so a reference cannot be continued behind it")
+
+
 def open_sources(
     named: Sequence[Named], policy: Pretrained, config: Config, layout: RowLayout, rows: int, mentions: Mentions | None, replies: Path
 ) -> tuple[Source, ...]:
@@ -101,8 +135,9 @@ def open_sources(
       replies: file of an editor's replies, unless `config.judge.replies` names one.
 
     Raises:
-      UserError: a source lacks its table or its endpoint, or the model cannot go on from within an answer.
+      UserError: see `check_settings`.
     """
+    check_settings(named, config, policy.processor, mentions)
     samples, processor = config.samples, policy.processor
     drawn = (policy.model, processor, policy.mesh, samples, layout, rows)
     out: list[Source] = []
@@ -110,16 +145,12 @@ def open_sources(
         if one.name == OWN or one.view is not None:
             out.append(OwnAnswers(*drawn, view=one.view))
         elif one.name == "continued":
-            if processor.traits.prefix_attends:
-                raise UserError("config.samples.sources: this model's prompt sees all of itself, so a reference cannot be continued behind it")
-            out.append(Continued(OwnAnswers(*drawn), processor, layout, one.arguments["cut"]))
+            out.append(Continued(OwnAnswers(*drawn, source=str(one)), processor, layout, one.arguments["cut"]))
         elif one.name == "dataset":
             out.append(Dataset(processor))
         elif one.name == "swap":
-            if mentions is None:
-                raise UserError("config.samples.synonyms: the source swap looks words up in a table; give a JSON file: kind -> words that name it")
-            out.append(Swap(processor, mentions, one.arguments["count"], samples.seed))
-        else:
+            out.append(Swap(str(one), processor, mentions, one.arguments["count"], samples.seed))
+        elif one.name == "edit":
             prompt = edit_prompt(config.judge)
             out.append(Edit(processor, Editor(asks_of(config, policy, prompt.read, replies), prompt)))
     return tuple(out)
@@ -156,11 +187,14 @@ class Dataset:
     """The answers that the set has, to be scored anew."""
 
     processor: Processor
+    name: str = "dataset"
 
     def __call__(self, params: dict, prompts: Sequence[Prompt], draw: int) -> list[list[Own]]:
-        for prompt in prompts:
-            _reference(prompt.record, "dataset")
-        return [[_given(self.processor, one.text, "dataset") for one in prompt.record.responses] for prompt in prompts]
+        for record in (prompt.record for prompt in prompts):
+            _reference(record, "dataset")
+            if unreadable := next((one.text for one in record.responses if not self.processor.readable(one.text)), None):
+                raise UserError(f"record {record.id}: the tokenizer cannot read the answer {unreadable[:60]!r}")
+        return [[_given(self.processor, one.text, self.name) for one in prompt.record.responses] for prompt in prompts]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +206,10 @@ class Continued:
     layout: RowLayout
     cut: float
 
+    @property
+    def name(self) -> str:
+        return self.own.name
+
     def __call__(self, params: dict, prompts: Sequence[Prompt], draw: int) -> list[list[Own]]:
         kept = [self._beginning(prompt.record) for prompt in prompts]
         limits = {"max_pixels": self.layout.max_pixels, "max_bytes": self.layout.max_bytes}
@@ -180,6 +218,12 @@ class Continued:
         for record, ids in zip(records, kept, strict=True):
             row = tokenize(record, None, self.processor, 0, **limits)
             rows.append(dataclasses.replace(row, prefix=np.concatenate([row.prefix, ids])))
+        for record, row in zip(records, rows, strict=True):
+            if (longest := len(row.prefix) + self.own.max_tokens) > self.layout.max_positions:
+                raise UserError(
+                    f"config.samples.max_tokens: with the beginning of its reference, record {record.id} may come to {longest} positions, the "
+                    f"model was made for {self.layout.max_positions}"
+                )
         layout = layout_of(rows, self.processor, limits)
         blind = [Prompt(record, row, lay_out_pictures(record, self.processor, layout, row)) for record, row in zip(records, rows, strict=True)]
         drawn = self.own(params, blind, draw, layout)
@@ -192,7 +236,7 @@ class Continued:
 
     def _whole(self, ids: np.ndarray, one: Own) -> Own:
         tokens = np.concatenate([ids, one.tokens]).astype(np.int32)
-        return Own(tokens, np.full(len(tokens), np.nan, np.float32), self.processor.decode(tokens), one.finished, "continued")
+        return Own(tokens, np.full(len(tokens), np.nan, np.float32), self.processor.decode(tokens), one.finished, self.name)
 
 
 def _without_pictures(record: PreferenceRecord) -> PreferenceRecord:
@@ -202,8 +246,9 @@ def _without_pictures(record: PreferenceRecord) -> PreferenceRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Swap:
-    """The reference with some of the things that it names exchanged for things that the picture does not show."""
+    """The reference with some of the kinds of things that it names exchanged for others, which neither it nor `meta["objects"]` names."""
 
+    name: str
     processor: Processor
     mentions: Mentions
     count: int
@@ -217,56 +262,67 @@ class Swap:
         text = _reference(record, "swap")
         found = self.mentions(text)
         there = {mention.kind for mention in found}
+        turned = swap_yes_no(text)
         if "objects" in record.meta:  # what else it names, it denies
             known = shown(record, self.mentions)
             found, there = [mention for mention in found if mention.kind in known], there | known
-        if not found:
-            turned = swap_yes_no(text)
-            return [] if turned is None else [_given(self.processor, turned[0], "swap")]
+        elif turned is not None:
+            found = []  # it may deny what it names
+        kinds = list(dict.fromkeys(mention.kind for mention in found))
+        if not kinds:
+            return [] if turned is None else [_given(self.processor, turned[0], self.name)]
         drawn = random.Random(f"{self.seed} {record_key(record.id)} {draw}")
-        chosen = sorted(drawn.sample(range(len(found)), min(self.count, len(found))), reverse=True)
-        for mention in (found[number] for number in chosen):  # from the back, so that places stay true
-            others = [kind for kind in self.mentions.kinds if kind not in there and _article(kind) == _article(text[mention.start : mention.stop])]
-            if not others:
+        chosen = drawn.sample(kinds, min(self.count, len(kinds)))
+        others: dict[str, str] = {}
+        for kind in chosen:
+            vowel = {_begins_with_vowel(text[mention.start : mention.stop]) for mention in found if mention.kind == kind}
+            free = [other for other in self.mentions.kinds if other not in there and vowel == {_begins_with_vowel(other)}]
+            if not free:
                 return []
-            there.add(other := drawn.choice(others))
-            name = self.mentions.name(other, like=text[mention.start : mention.stop])
-            text = text[: mention.start] + name + text[mention.stop :]
-        return [_given(self.processor, text, "swap")]
+            there.add(other := drawn.choice(free))
+            others[kind] = other
+        for mention in reversed(found):  # from the back, so that places stay true
+            if mention.kind in others:
+                like = text[mention.start : mention.stop]
+                name = self.mentions.name(others[mention.kind], like)
+                text = text[: mention.start] + (name[:1].upper() + name[1:] if like[:1].isupper() else name) + text[mention.stop :]
+        return [_given(self.processor, text, self.name)]
 
 
-def _article(word: str) -> bool:
+def _begins_with_vowel(word: str) -> bool:
     """Whether "an" stands before it."""
     return word[:1].lower() in "aeiou"
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """The reference as a chat model rewrites it (`config.judge.edit_prompt`)."""
+    """The reference as a chat model rewrites it (`config.judge.edit_prompt`). What the tokenizer cannot read is no answer."""
 
     processor: Processor
     editor: Editor
+    name: str = "edit"
 
     def __call__(self, params: dict, prompts: Sequence[Prompt], draw: int) -> list[list[Own]]:
         texts = self.editor([(prompt.record, _reference(prompt.record, "edit")) for prompt in prompts])
-        return [[] if text is None else [_given(self.processor, text, "edit")] for text in texts]
+        return [[_given(self.processor, text, self.name)] if text is not None and self.processor.readable(text) else [] for text in texts]
 
 
 _KINDS = {
     kind.name: kind
     for kind in (
-        Kind(OWN, "`count` answers of the policy to the prompt and its pictures."),
+        Kind(OWN, "`count` answers of the policy to the prompt and its pictures.", online=True, drawn=True),
         Kind(
             "continued",
             "`count` answers that begin as the reference, up to the share `cut` of its words, and go on without the pictures (MPO's DropoutNTP, "
             "arXiv 2411.10442).",
             (Number("cut", 0.5, low=0.0, high=0.95),),
+            drawn=True,
         ),
         Kind("dataset", "the answers that the set has, to be scored anew."),
         Kind(
             "swap",
-            "the reference with `count` of the things that it names exchanged for others, by the table of the scorer `objects`; where it names "
-            "nothing that is there, its leading yes or no.",
+            "the reference with `count` of the kinds of things that it names exchanged for others that it does not name, by the table of the scorer "
+            "`objects`; where it names nothing that is there, with its leading yes or no exchanged.",
             (Number("count", 1, low=1, high=1000),),
         ),
         Kind("edit", "the reference as the chat model of `config.judge` rewrites it; by default it adds a mistake."),

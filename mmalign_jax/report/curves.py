@@ -37,6 +37,8 @@ def read_curves(root: Path, metric: str) -> list[svg.Series]:
     out = []
     for label, runs in by_label.items():
         steps = sorted(set.intersection(*(set(run) for run in runs)))
+        if not steps:
+            raise UserError(f"--curve: the runs of {label!r} have logged {metric} at no step in common")
         out.append(svg.Series(label, tuple(steps), tuple(statistics.fmean(run[step] for run in runs) for step in steps)))
     return out
 

@@ -70,6 +70,8 @@ def label_of(config: Mapping) -> str:
         label += f", {samples['count']} samples"
         sources = samples.get("sources", ["policy"])  # a setting that came later
         label += f" of {', '.join(sources)}" if sources != ["policy"] else ""
+        label += f" by {', '.join(samples['scorers'])}" if samples["scorers"] else ""
+        label += f", {samples['selector']}" if samples["selector"] != "best_worst" else ""
         label += f", {samples['offline_share']:.0%} own pairs" if samples["offline_share"] else ""
     if pairs["when"] == "online":
         label += ", online"

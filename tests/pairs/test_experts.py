@@ -40,7 +40,7 @@ def critic(tmp_path_factory):
 @pytest.fixture
 def judged(critic, tmp_path):
     def scorers(server, prompt, **options):
-        judge = JudgeConfig(url=server.url, model="critic", prompt=prompt, attempts=2, **options)
+        judge = JudgeConfig(**{"url": server.url, "model": "critic", "prompt": prompt, "attempts": 2} | options)
         config = Config(samples=SamplesConfig(scorers=("judge(2)", "missing_end")), judge=judge)
         opened = experts.with_experts(scorers_of(config), critic, config, tmp_path / "replies.jsonl")
         for one in RECORDS:
@@ -81,11 +81,34 @@ def test_verdicts_that_are_lost_are_told(judged):
         assert scorers.counts == {"judge/asked": 7, "judge/kept": 0, "judge/failed": 4, "judge/lost": 2}
 
 
+def test_a_server_that_does_not_answer_stops_the_run(judged):
+    with ChatServer(lambda question, before: "503" if question == "And this?" else "ok") as server:
+        with pytest.raises(UserError, match=r"did not answer 2 of 5 questions \(status 503, 2 times\)"):
+            judged(server, "score", attempts=2)(RECORDS, candidates(ANSWERS))
+        server.plan = lambda question, before: "ok"
+        again = judged(server, "score")  # what was answered is kept
+        assert totals(again(RECORDS, candidates(ANSWERS))) == [[1.6, 0.4, 0.4], [0.4, 1.6]] and again.counts["judge/kept"] == 3
+
+
+def test_replies_that_never_say_anything_stop_the_run(judged):
+    with ChatServer(lambda question, before: "mute") as server, pytest.raises(UserError, match="not one of 8 replies .* 'I cannot decide.'"):
+        judged(server, "score")(RECORDS, candidates([[f"answer {n}" for n in range(6)], ["a", "b"]]))
+
+
+def test_equal_answers_are_even_and_unreadable_ones_have_no_verdict(judged):
+    with ChatServer() as server:
+        scorers = judged(server, "compare", both_orders=False)
+        assert totals(scorers(RECORDS[:1], candidates([["bad", "bad", "bad"]]))) == [[1.0, 1.0, 1.0]] and not server.requests
+        found = scorers(RECORDS[:1], candidates([["a good <image>", "good", "bad"]]), lambda text: "<" not in text)
+        assert totals(found) == [[None, 2.0, 0.0]] and len(server.requests) == 1
+
+
 @pytest.mark.parametrize(
     ("samples", "judge", "message"),
     [
         ({"scorers": ("judge",)}, {}, "config.judge.url: the scorer judge asks a chat model"),
         ({"scorers": ("judge",)}, {"url": "u", "model": "m", "key_variable": "NO_SUCH_KEY"}, "the environment has no NO_SUCH_KEY"),
+        ({"scorers": ("judge",)}, {"url": "http://me:secret@here/v1", "model": "m"}, "config.judge.url: it holds a user's name"),
         ({"scorers": ("judge",)}, {"url": "u", "directory": "policy"}, "leave it or config.judge.url empty"),
         ({"scorers": ("judge",)}, {"url": "u", "model": "m", "prompt": "inject"}, "edits answers and gives no verdict"),
         ({"scorers": ("reward_model",)}, {}, "config.samples.reward_model: a directory goes with"),

@@ -10,13 +10,14 @@ from helpers.chat_server import ChatServer
 from helpers.tiny import record
 
 from mmalign_jax import mesh as mesh_lib
-from mmalign_jax.config import Config, DataConfig, JudgeConfig, SamplesConfig
+from mmalign_jax.config import Config, DataConfig, JudgeConfig, PairsConfig, SamplesConfig
 from mmalign_jax.data.layout import lay_out_pictures, tokenize
 from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.mentions import Mentions
 from mmalign_jax.pairs import sources
+from mmalign_jax.pairs.answers import check_settings
 from mmalign_jax.pairs.own_answers import Prompt
 from mmalign_jax.types import Response
 
@@ -79,7 +80,7 @@ def test_a_view_is_what_the_policy_sees(ask):
 
 def test_a_continued_reference_begins_as_it_and_sees_no_picture(ask):
     found = ask("continued(0.5)")
-    assert all(one.text.startswith("A cat sits") and one.source == "continued" for one in found[0])
+    assert all(one.text.startswith("A cat sits") and one.source == "continued(cut=0.5)" for one in found[0])
     assert found[0][0].text != found[0][1].text and np.isnan(found[0][0].logps).all()
     other = [dataclasses.replace(one, media=RECORDS[1].media[:1] * len(one.media)) for one in RECORDS]
     assert texts(ask("continued(0.5)", other)) == texts(found)
@@ -100,6 +101,11 @@ def test_swapped_things_are_not_there(ask):
     assert texts(ask("swap")) == found and texts(ask("swap(2)"))[0] == []  # one thing is left to take two places
     seen = {texts(ask("swap", draw=draw))[1][0] for draw in range(8)}
     assert len(seen) == 2
+    assert texts(ask("swap", [dataclasses.replace(RECORDS[1], responses=(Response("Owls. An owl, a cup."),))]))[0][0] in (
+        "Ants. An ant, a cup.", "Eggs. An egg, a cup.",
+    )  # fmt: skip
+    unknown = dataclasses.replace(RECORDS[2], meta={})
+    assert texts(ask("swap", [unknown])) == [["Yes, there is no cup."]]  # it may deny what it names
     many = dataclasses.replace(RECORDS[0], responses=(Response("Two cats."),))
     assert texts(ask("swap", [many])) == [["Two cups."]]
 
@@ -129,5 +135,33 @@ def test_a_source_that_lacks_its_settings_is_named(ask):
         ask("edit")
     with pytest.raises(UserError, match="gives verdicts"):
         ask("edit", judge=JudgeConfig(url="u", model="m", edit_prompt="score"))
+    with pytest.raises(UserError, match="config.samples.max_tokens: with the beginning of its reference, record two"):
+        ask("continued(0.9)", [dataclasses.replace(RECORDS[0], responses=(Response("word " * 600),), prefs=())])
     with pytest.raises(UserError, match="continued starts from a whole reference answer, which record bare"):
         ask("continued", [dataclasses.replace(RECORDS[0], id="bare", responses=(), prefs=())])
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ({"selector": "best_worst"}, "config.samples.scorers: best_worst goes by scores"),
+        ({"selector": "by_source", "sources": ("policy",)}, "config.samples.sources: by_source sets answers of a source above"),
+        ({"selector": "by_source", "sources": ("policy", "black"), "gap": 1.0}, "config.samples.gap: by_source does not go by scores"),
+        ({"selector": "all_pairs", "scorers": ("exact",), "sources": ("swap",), "synonyms": "TABLE"}, "config.samples.count: one answer"),
+        ({"selector": "reference_against_own", "sources": ("swap",)}, "config.samples.synonyms: the source swap looks words up"),
+        ({"selector": "reference_against_own", "sources": ("edit",)}, "config.judge.url: the source edit asks"),
+    ],
+)
+def test_what_does_not_go_together_is_told_before_anything_is_read(policy, tmp_path, samples, message):
+    table = tmp_path / "table.json"
+    table.write_text('{"cat": []}')
+    samples = {name: str(table) if value == "TABLE" else value for name, value in samples.items()}
+    with pytest.raises(UserError, match=message):
+        check_settings(Config(samples=SamplesConfig(**samples)), policy.processor, of_samples=False)
+
+
+def test_what_is_asked_between_steps(policy):
+    late = Config(pairs=PairsConfig(when="online"), samples=SamplesConfig(scorers=("exact",), sources=("policy", "dataset")))
+    with pytest.raises(UserError, match="config.samples.sources: dataset gives answers before training"):
+        check_settings(late, policy.processor, of_samples=False)
+    check_settings(Config(samples=SamplesConfig(count=1, sources=("dataset",), scorers=("exact",))), policy.processor, of_samples=False)

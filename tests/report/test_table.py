@@ -18,7 +18,7 @@ def write(root, run, value, seed=0, before=None, pairs=None, **objective):
         "model": {"path": "models/first"},
         "objective": {"beta": None, **objective},
         "pairs": {"per_sentence": objective["name"] == "ipo", "when": "offline", "maker": "bdhs", **(pairs or {})},
-        "samples": {"count": 2, "offline_share": 0.0, "sources": ["policy"]},
+        "samples": {"count": 2, "offline_share": 0.0, "sources": ["policy"], "scorers": [], "selector": "best_worst"},
         "rounds": {"count": 1},
         "train": {"seed": seed, "batch_size": 8},
     }

@@ -11,11 +11,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import requests
 
+from mmalign_jax.errors import UserError
 from mmalign_jax.pairs.judge.endpoint import Endpoint, NoReplyError
 from mmalign_jax.pairs.judge.replies import Replies, key_of
 from mmalign_jax.types import Media
 
 _LONGEST_WAIT_S = 60.0
+_SAYS_NOTHING = "no verdict in the reply"
 
 
 @dataclasses.dataclass
@@ -40,12 +42,14 @@ class Asking:
       attempts: most times that one question is asked.
       backoff_s: wait behind the first failure; it doubles with each, and is drawn between half of it and all of it.
       workers: questions in flight.
+      insists: whether a server that fails until the last attempt is an error; a question whose replies say nothing is none.
       sleep: for tests.
     """
 
     attempts: int = 5
     backoff_s: float = 1.0
     workers: int = 16
+    insists: bool = False
     sleep: Callable[[float], None] = time.sleep
 
 
@@ -85,7 +89,7 @@ class Asker:
         """See `Asks`.
 
         Raises:
-          UserError: the server refuses requests for good (key, model, address).
+          UserError: the server refuses requests for good (key, model, address), or see `Asking.insists`.
         """
         bodies = [self._endpoint.body(one.text, one.pictures) for one in questions]
         keys = [key_of(body) for body in bodies]
@@ -96,6 +100,12 @@ class Asker:
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+        failed = [problem for _, problem in found.values() if problem and not problem.startswith(_SAYS_NOTHING)]
+        if failed and self._asking.insists:
+            raise UserError(
+                f"config.judge.url: {self._endpoint.url} did not answer {len(failed)} of {len(found)} questions ({failed[0]}); the same command "
+                "goes on when it does, replies so far are kept"
+            )
         return [found[key] for key in keys]
 
     def _ask(self, key: str, body: Mapping[str, Any]) -> tuple[str, str]:
@@ -108,7 +118,7 @@ class Asker:
             wait = None
             try:
                 text = self._endpoint.ask(self._session(), body)
-                reason = "" if self._useful(text) else "no verdict in the reply"
+                reason = "" if self._useful(text) else _SAYS_NOTHING
             except NoReplyError as error:
                 reason, wait = error.reason, error.wait_s
             with self._lock:

@@ -11,7 +11,7 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.pairs.judge.asker import Counts, Question
 from mmalign_jax.pairs.own_answers import OwnAnswers, Prompt
-from mmalign_jax.pairs.reward_model import layout_of
+from mmalign_jax.pairs.rows import layout_of
 from mmalign_jax.types import Part, PreferenceRecord, Turn
 
 _ROWS = 32  # questions of a device batch

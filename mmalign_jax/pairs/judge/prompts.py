@@ -63,9 +63,11 @@ class Prompt:
         groups = set(verdict.groupindex)
         if not groups or not groups <= _GROUPS[kind]:
             raise UserError(f"{where}: verdict needs named groups among {', '.join(sorted(_GROUPS[kind]))}")
-        low, high = values.get("scale", (0.0, 1.0))
-        if not low < high:
-            raise UserError(f"{where}: scale must rise, got {low} to {high}")
+        scale = values.get("scale", [0.0, 1.0])
+        numbers = isinstance(scale, list) and len(scale) == 2 and all(isinstance(end, (int, float)) for end in scale)
+        if not numbers or not scale[0] < scale[1]:
+            raise UserError(f"{where}: scale is two numbers that rise, such as [0, 10], got {scale!r}")
+        low, high = scale
         return cls(kind, text, verdict, (float(low), float(high)))
 
     def fill(self, **values: str) -> str:

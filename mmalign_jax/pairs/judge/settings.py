@@ -1,6 +1,7 @@
 """What `config.judge` says, as the parts that ask."""
 
 import os
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ def check_asked(config: JudgeConfig, who: str) -> None:
     for name in ("url", "model"):
         if not getattr(config, name):
             raise UserError(f"config.judge.{name}: {who} asks a chat model; give an endpoint's url and the name there, or config.judge.directory")
+    if urllib.parse.urlsplit(config.url).username is not None:
+        raise UserError("config.judge.url: it holds a user's name or password, and settings are written down; name config.judge.key_variable")
     if config.key_variable and not os.environ.get(config.key_variable):
         raise UserError(f"config.judge.key_variable: the environment has no {config.key_variable}")
 
@@ -48,7 +51,7 @@ def asks_of(config: Config, policy: Pretrained, read: Callable[[str], Any], repl
     key = os.environ[judge.key_variable] if judge.key_variable else ""
     options = {"timeout_s": judge.timeout_s, "max_tokens": judge.max_tokens, "temperature": judge.temperature}
     kept = Replies(Path(judge.replies) if judge.replies else replies)
-    return Asker(Endpoint(judge.url, judge.model, key, **options), kept, read, Asking(attempts=judge.attempts, workers=judge.workers))
+    return Asker(Endpoint(judge.url, judge.model, key, **options), kept, read, Asking(attempts=judge.attempts, workers=judge.workers, insists=True))
 
 
 def question_of(record: PreferenceRecord) -> str:

@@ -144,3 +144,16 @@ def test_a_broken_last_line_is_cut_off_and_another_one_named(tmp_path):
     file.write_text("{}\n" + file.read_text())
     with pytest.raises(DataError, match="replies.jsonl, row 1: no reply"):
         Replies(file)
+
+
+def test_runs_share_replies(tmp_path):
+    one = Replies(tmp_path / "replies.jsonl")
+    one.put("a", "first")
+    other = Replies(tmp_path / "replies.jsonl")
+    one.put("b", "second")
+    other.put("c", "third")
+    assert other.get("b") == "second" and one.get("c") == "third" and one.get("d") is None
+    with (tmp_path / "replies.jsonl").open("ab") as broken:
+        broken.write(b'{"key": "e"')
+    again = Replies(tmp_path / "replies.jsonl")
+    assert len(again) == 3 and (tmp_path / "replies.jsonl").read_bytes().endswith(b"\n")

@@ -34,7 +34,7 @@ GOOD = {"kind": '"score"', "text": '"{question} {answer}"', "verdict": "'(?P<sco
     [
         ({"kind": '"rank"'}, "a prompt has kind"), ({"text": "3"}, "a prompt has kind"), ({"text": '"{first}"'}, "{first} has no value"),
         ({"verdict": "'('"}, "no regular expression"), ({"verdict": "'[0-9]'"}, "named groups among score"),
-        ({"verdict": "'(?P<tie>x)'"}, "named groups among score"), ({"scale": "[3, 3]"}, "scale must rise"), ({"txt": "1"}, "txt is nothing"),
+        ({"verdict": "'(?P<tie>x)'"}, "named groups among score"), ({"scale": "[3, 3]"}, "two numbers that rise"), ({"txt": "1"}, "txt is nothing"),
         ({"kind": "score"}, "not TOML"),
     ],
 )  # fmt: skip
