@@ -23,10 +23,10 @@ from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.pairs import bdhs
 from mmalign_jax.pairs.bdhs import BdhsSampler
 from mmalign_jax.pairs.bdhs_records import Statistics, make_pairs, to_records
-from mmalign_jax.pairs.masked_decode import FeaturePool
+from mmalign_jax.pairs.masked_decode import FeaturePool, usual_slots
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.pairs.similarity import ngram_cosine
-from mmalign_jax.types import Media, Preference, Response
+from mmalign_jax.types import PREFIX, Media, Preference, Response
 
 GREEDY = PairsConfig(maker="bdhs", rho_th=0.7, n_iter=3, eps=0.3, temperature=0.0, max_sentence_tokens=6, max_answer_tokens=20, batch_size=4, seed=6)
 DRAWN = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, eps=0.2)
@@ -345,3 +345,12 @@ def test_every_attempt_at_a_record_has_its_own_number(sampler_of):
     number = sampler_of().sampler._number
     numbers = {number(draw, iteration) for draw, iteration in itertools.product(range(4), range(1, 4))}
     assert len(numbers) == 12
+
+
+def test_a_prefix_has_room_for_nearly_every_mask():
+    """So that batches whose masks leave more or less of a row are computed in one shape."""
+    row = {"image_index": np.r_[np.arange(576), np.full(24, -1)], "role": np.r_[np.full(595, PREFIX), np.zeros(5, np.int8)]}
+    room = usual_slots([row], 0.95)
+    kept = 19 + np.sum(np.random.default_rng(0).random((20_000, 576)) >= 0.95, axis=1)
+    assert kept.max() - 3 <= room <= kept.max() + 3
+    assert usual_slots([row, row], 1.0) == 19 and usual_slots([row], 0.0) == 595
