@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 _STACK, _ONE = "layers", "layers_{}"
+_SMALL = 16 << 20  # bytes of a stack that a processor's caches hold; its copies take less time than compiling layer by layer
 
 
 def are_apart(params: dict) -> bool:
@@ -18,17 +19,18 @@ def are_apart(params: dict) -> bool:
     return _ONE.format(0) in params["decoder"]
 
 
-def layers_apart(params: dict) -> dict:
+def layers_apart(params: dict, small: int = _SMALL) -> dict:
     """The tree with `decoder/layers_0`, `decoder/layers_1` and so on beside the stack `decoder/layers`, which `Mllm.decode_step` reads then,
-    if one CPU device holds it; otherwise the tree as it is.
+    if one CPU device holds it and it has more than `small` bytes; otherwise the tree as it is.
 
     Kernels are not copied: the new arrays are parts of the memory of the old ones, which stays while they are there. (Layers that do not
     begin at a multiple of 64 bytes are: those of small vectors.)
     """
     decoder = params["decoder"]
-    if are_apart(params) or not all(_on_one_cpu(leaf) for leaf in jax.tree.leaves(decoder[_STACK])):
+    leaves = jax.tree.leaves(decoder[_STACK])
+    if are_apart(params) or not all(map(_on_one_cpu, leaves)) or sum(leaf.nbytes for leaf in leaves) <= small:
         return params
-    count = jax.tree.leaves(decoder[_STACK])[0].shape[0]
+    count = leaves[0].shape[0]
     parts = jax.tree.map(_parts, decoder[_STACK])
     trees = jax.tree.transpose(jax.tree.structure(decoder[_STACK]), jax.tree.structure([0] * count), parts)
     layers = {_ONE.format(number): tree for number, tree in enumerate(trees)}

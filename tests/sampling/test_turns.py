@@ -10,6 +10,7 @@ from helpers.checkpoints import tiny_llava
 from helpers.tiny import MIXED, Tiny, batch_of, prefill, rows
 
 from mmalign_jax import mesh as mesh_lib
+from mmalign_jax.models.apart import are_apart, layers_apart
 from mmalign_jax.sampling import DecodeOptions, LaneStart, decode_in_turn, decode_lanes, lane_keys
 from mmalign_jax.sampling.turns import _sizes
 
@@ -57,11 +58,14 @@ def test_turns_and_lanes_side_by_side_write_the_same(tiny, started, changes):
         assert {1, X} < set(expected[1].ravel().tolist()) and len({*expected[1].sum(axis=1).tolist()}) > 8
 
 
-def test_under_a_mesh_of_one_device(tiny, started):
+@pytest.mark.parametrize("apart", [False, True])
+def test_under_a_mesh_of_one_device(tiny, started, apart):
     expected = run(decode_in_turn, tiny, OPTIONS, *started)
     mesh = mesh_lib.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
-        params, placed = tiny.sharded(mesh), jax.tree.map(lambda x: jax.device_put(x, mesh_lib.sharding(mesh, "batch")), started)
+        params = layers_apart(tiny.sharded(mesh), small=0) if apart else tiny.sharded(mesh)
+        assert are_apart(params) == apart
+        placed = jax.tree.map(lambda x: jax.device_put(x, mesh_lib.sharding(mesh, "batch")), started)
         assert _sizes(ROWS) == (16, 8, 4)
         found = run(decode_in_turn, dataclasses.replace(tiny, params=params), OPTIONS, *placed)
     for a, b in zip(expected, found, strict=True):
