@@ -18,6 +18,7 @@ NAMES = ("CHAIR_i", "CHAIR_s", "Object recall", "Words per caption", "POPE accur
 
 
 def main() -> int:
+    """Prints the tables of the finished runs, and draws the curve that is asked for."""
     options = flags.FLAGS
     if not options.runs:
         raise UserError("--runs: give the directory that holds the runs' directories")

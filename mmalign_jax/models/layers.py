@@ -4,6 +4,7 @@ Weights rest sharded over `fsdp`. A layer casts its weight to the compute type w
 so that the gather moves 2 bytes a weight on accelerators and only one layer is whole at a time.
 """
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -55,8 +56,9 @@ class Linear(nn.Module):
         if len(inputs) > 1:
             # as one axis: einsum would sum over them in another order, for which a CPU rewrites the kernel at every product
             rows = x.ndim - len(inputs)
-            x = mesh.reshape(x, (*x.shape[:rows], -1), *self.out_axes[:rows], self.kernel_axes[0])
-            kernel = mesh.reshape(kernel, (-1, *kernel.shape[len(inputs) :]), self.kernel_axes[0], *(None,) * (kernel.ndim - len(inputs)))
+            size = math.prod(kernel.shape[: len(inputs)])  # named, since there may be no rows to tell it from
+            x = mesh.reshape(x, (*x.shape[:rows], size), *self.out_axes[:rows], self.kernel_axes[0])
+            kernel = mesh.reshape(kernel, (size, *kernel.shape[len(inputs) :]), self.kernel_axes[0], *(None,) * (kernel.ndim - len(inputs)))
             equation = equation.replace("".join(inputs), inputs[0])
         return jnp.einsum(equation, x, kernel, out_sharding=mesh.out_sharding(*self.out_axes))
 

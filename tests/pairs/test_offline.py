@@ -28,7 +28,7 @@ from mmalign_jax.pairs.bdhs_records import Statistics
 from mmalign_jax.pairs.journal import Journal
 from mmalign_jax.pairs.own_answers import Own, Prompt
 from mmalign_jax.pairs.sampled_records import SampleStatistics, sampled_pairs
-from mmalign_jax.pairs.scorers import Scored
+from mmalign_jax.pairs.scorers import Scored, Truth, parse
 from mmalign_jax.report.console import Console
 from mmalign_jax.types import Preference, Response
 
@@ -236,7 +236,7 @@ def test_answers_that_no_record_can_hold_are_left_out_and_counted(policy):
         def __call__(self, params, records, draw):
             return [answered for _ in records]
 
-    answering, config = Answering(policy.processor, None, None, None), SamplesConfig(scorers=("exact",))
+    answering, config = Answering(policy.processor, (), parse((), Truth()), None), SamplesConfig(scorers=("exact",))
     (((made,), counts),) = sampled_pairs(answering, {}, [one], config, SampleStatistics())
     assert [response.text for response in made.responses] == ["A a.", "b."] and made.prefs == (Preference(0, 1, margin=4.0),)
     assert counts.refused == {"out of tokens": 1, "unreadable": 2} and (counts.pairs, counts.answers) == (1, 5)

@@ -115,7 +115,7 @@ def test_a_group_is_a_prompt_with_its_samples_and_rewards(make, params, tiny):
             assert rows.sampled.rewards[row, number] == pytest.approx(reward, abs=1e-6)
             totals.append(reward)
             lengths.append(len(tokens))
-    assert len(scorers.rules) == 3 and len(set(totals)) > 1
+    assert len(scorers.parts) == 3 and len(set(totals)) > 1
     np.testing.assert_allclose(metrics["samples/score"], np.mean(totals), rtol=1e-5)
     np.testing.assert_allclose(metrics["samples/length"], np.mean(lengths))
     np.testing.assert_allclose(rows.sampled.row_tokens, np.sum(lengths) / 4)
