@@ -63,6 +63,7 @@ def test_prepared_records_and_rows_that_are_left_out(model, tmp_path):
     assert not (tmp_path / "pairs.imported").exists()
 
 
+@pytest.mark.nightly
 def test_pairs_of_the_built_in_world(tmp_path):
     """`--data scenes` gives what the same records give when they are named as a prepared set."""
     settings = ("--config.scenes.align=2", "--config.pairs.n_iter=1")

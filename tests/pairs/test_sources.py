@@ -29,6 +29,13 @@ RECORDS = [
 TABLE = Mentions({"cat": (), "dog": (), "owl": (), "ant": (), "cup": ("mug",), "egg": ()})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     directory = checkpoints.tiny_llava(tmp_path_factory.mktemp("sources"), seed=3)
@@ -39,16 +46,19 @@ def policy(tmp_path_factory):
 def ask(policy, tmp_path_factory):
     plan = plan_rows(RECORDS, policy.processor, DataConfig(), answers=0)
 
+    opened, params = {}, policy.params("float32")
+
     def answers(text, records=RECORDS, rows=2, draw=0, judge=None, **samples):
-        config = Config(samples=SamplesConfig(max_tokens=8, seed=5, **samples), judge=judge or JudgeConfig())
+        config = Config(samples=SamplesConfig(max_tokens=4, seed=5, **samples), judge=judge or JudgeConfig())
         layout = dataclasses.replace(plan.layout, answers=0)
-        replies = tmp_path_factory.mktemp("replies") / "replies.jsonl"
-        (source,) = sources.open_sources(sources.parse([text]), policy, config, layout, rows, TABLE, replies)
+        if (key := (text, rows, config.samples, config.judge)) not in opened:  # compiled once
+            replies = tmp_path_factory.mktemp("replies") / "replies.jsonl"
+            (opened[key],) = sources.open_sources(sources.parse([text]), policy, config, layout, rows, TABLE, replies)
         prompts = []
         for one in records:
             row = tokenize(one, None, policy.processor, 0)
             prompts.append(Prompt(one, row, lay_out_pictures(one, policy.processor, layout, row)))
-        return source(policy.params("float32"), prompts, draw)
+        return opened[key](params, prompts, draw)
 
     return answers
 
