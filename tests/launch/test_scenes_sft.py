@@ -13,6 +13,9 @@ SHIPPED = ROOT / "mmalign_jax" / "assets" / "scenes_sft"
 STEPS = 3
 
 
+pytestmark = pytest.mark.nightly
+
+
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "scenes_sft"
