@@ -23,6 +23,7 @@ from mmalign_jax.data.device import to_device
 from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out_pictures, lay_out_tokens, stack_rows
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.mllm import Mllm
+from mmalign_jax.pairs.seen import encode_seen
 from mmalign_jax.pairs.views import View
 from mmalign_jax.sampling import DecodeOptions, LaneStart, LaneTokens, decode_in_turn, kept_slots, lane_keys, without_hidden
 from mmalign_jax.types import PREFIX, PairBatch, Patches, PreferenceRecord, record_key
@@ -195,13 +196,7 @@ def _encode(
     number: Int[Array, " E"],
     key: Array,
 ) -> Float[Array, "E F U"]:
-    if view is None:
-        return model.encode_images(params, images, patches)
-    keys = lane_keys(key, record_key, number, 1)[:, 0]
-    pixels = images.astype(jnp.float32) if view.float_pixels else images
-    extent = None if patches is None else patches.extent
-    seen = view.apply(pixels, keys, extent=extent, pixel_mean=model.pixel_mean, pixel_std=model.pixel_std)
-    return model.encode_images(params, seen, patches)
+    return encode_seen(model, view, params, images, patches, lane_keys(key, record_key, number, 1)[:, 0])
 
 
 @functools.partial(jax.jit, donate_argnames="pool")

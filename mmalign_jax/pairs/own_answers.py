@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int, Int32
@@ -17,6 +16,7 @@ from mmalign_jax.data.device import to_device
 from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out_tokens, stack_rows
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.mllm import Mllm
+from mmalign_jax.pairs.seen import encode_seen
 from mmalign_jax.pairs.views import View
 from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
 from mmalign_jax.sampling.stop_strings import automaton
@@ -133,13 +133,8 @@ class OwnAnswers:
 def _answers(
     model: Mllm, view: View | None, options: DecodeOptions, count: int, params: dict, batch: PairBatch, draw: Int[Array, " B"], key: Array
 ) -> Samples:
-    images = batch.images
-    if view is not None:
-        pixels = images.astype(jnp.float32) if view.float_pixels else images
-        extent = None if batch.patches is None else batch.patches.extent
-        keys = lane_keys(key, batch.record_key, draw, 1)[:, 0]
-        images = view.apply(pixels, keys, extent=extent, pixel_mean=model.pixel_mean, pixel_std=model.pixel_std)
-    features = model.encode_images(params, images, batch.patches)
+    view_keys = lane_keys(key, batch.record_key, draw, 1)[:, 0]
+    features = encode_seen(model, view, params, batch.images, batch.patches, view_keys)
     prefill = model.prefill(params, features, batch)
     start, keys = LaneStart.behind_prefix(batch.role, count), lane_keys(key, batch.record_key, draw, count)
     return decode_lanes(model, params, prefill, batch, start, keys, options)

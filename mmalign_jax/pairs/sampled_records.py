@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from mmalign_jax.config import SamplesConfig
 from mmalign_jax.data.validate import TAGS
-from mmalign_jax.errors import UserError
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.pairs import selectors
 from mmalign_jax.pairs.answers import Answered, Answerer
@@ -109,11 +108,8 @@ def _unusable(answer: Candidate, processor: Processor) -> str:
     """Why an answer cannot stand in a record, "" when it can."""
     if not answer.finished:
         return "out of tokens"
-    try:
-        processor.answer(answer.text)
-    except UserError:
-        return "unreadable"
-    return "unreadable" if any(tag in answer.text for tag in TAGS.values()) else ""
+    spells_a_picture = any(tag in answer.text for tag in TAGS.values())
+    return "unreadable" if spells_a_picture or not processor.readable(answer.text) else ""
 
 
 def _batched(records: Iterable[PreferenceRecord], size: int) -> Iterator[tuple[PreferenceRecord, ...]]:
