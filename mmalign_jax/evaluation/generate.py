@@ -17,7 +17,7 @@ from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.mllm import Mllm
-from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
+from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, compiler_options, decode_lanes, lane_keys
 from mmalign_jax.types import PairBatch, PreferenceRecord
 
 
@@ -37,7 +37,7 @@ class Generator:
         self._processor, self._mesh, self._data = processor, mesh, data or DataConfig()
         self._rows = mesh_lib.batch_rows(mesh, batch_size)
         options = DecodeOptions(max_new_tokens, stop_ids=processor.eos_ids, banned_ids=processor.banned_ids)
-        self._generate = jax.jit(functools.partial(_greedy, model, options))
+        self._generate = jax.jit(functools.partial(_greedy, model, options), compiler_options=compiler_options(mesh))
 
     def _limits(self) -> DataConfig:
         """Prompts are as long as they are; only the bounds on images hold here."""

@@ -1,5 +1,8 @@
 """Attention behind two functions: packed rows, and decode lanes that share their row's cache."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -100,19 +103,86 @@ def softcap(x: Float[Array, "*b"], cap: float | None) -> Float[Array, "*b"]:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+@dataclasses.dataclass(frozen=True)
+class Regions:
+    """Where a packed row's parts lie: which blocks of queries and keys can see each other at all.
+
+    Args:
+      prefix, answer: P and R, slots of the prefix and of one answer.
+      causal: no slot of the prefix sees a later one.
+    """
+
+    prefix: int
+    answer: int
+    causal: bool
+
+    @property
+    def prefix_blocks(self) -> list[tuple[int, int, int]]:
+        """(first query, end of queries, end of keys) of each block of the prefix."""
+        return _blocks(self.prefix, self.causal)
+
+    @property
+    def answer_blocks(self) -> list[tuple[int, int, int]]:
+        """The same of an answer, counted from its beginning. It also sees the prefix."""
+        return _blocks(self.answer, True)
+
+    def products(self, answers: int) -> int:
+        """Products of a query with a key that `attend` computes for a row and a head."""
+        of_prefix = sum((end - start) * seen for start, end, seen in self.prefix_blocks)
+        return of_prefix + answers * sum((end - start) * (self.prefix + seen) for start, end, seen in self.answer_blocks)
+
+
+def _blocks(slots: int, causal: bool) -> list[tuple[int, int, int]]:
+    """Many queries a block, so that products are large, and few, so that what a block need not see is left out."""
+    size = max(128, -(-slots // 8))
+    spans = [(start, min(start + size, slots)) for start in range(0, slots, size)]
+    return [(start, end, end if causal else slots) for start, end in spans]
+
+
 def attend(
     config: DecoderConfig,
     query: Float[Array, "B T H E"],
     key: Float[Array, "B T G E"],
     value: Float[Array, "B T G E"],
     mask: Bool[Array, "B T T"],
+    regions: Regions,
 ) -> Float[Array, "B T H E"]:
-    """Dense grouped-query attention; softmax in float32."""
-    grouped = _group(query, key.shape[-2])
-    scores = jnp.einsum("btgre,bsge->bgrts", grouped, key, preferred_element_type=jnp.float32)
+    """Exact grouped-query attention of packed rows, a block of queries at a time; softmax in float32.
+
+    A block of the prefix reads the keys up to its own end, an answer the prefix and itself: half of the prefix' products and those between
+    answers are not computed. Scores of one block exist at a time; the backward pass computes them again, so none are kept.
+
+    Args:
+      mask: allows nothing outside of what `regions` says.
+    """
+    prefix, answer = regions.prefix, regions.answer
+    query = mesh.reshape(query, (*query.shape[:2], key.shape[2], -1, query.shape[3]), "batch", None, "kv_heads", None, None)
+    # heads before slots, once: blocks are then cut out of what lies side by side
+    query, key, value = query.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    block = jax.checkpoint(functools.partial(_attend_block, config), prevent_cse=False)  # no matter in a scan over layers
+    mixed = []
+    for start, stop, seen in regions.prefix_blocks:
+        mixed.append(block(query[..., start:stop, :], key[:, :, :seen], value[:, :, :seen], mask[:, start:stop, :seen]))
+    for first in range(prefix, query.shape[3], max(answer, 1)):
+        for start, stop, seen in regions.answer_blocks:
+            here, own = slice(first + start, first + stop), slice(first, first + seen)
+            pair = lambda x, own=own: jnp.concatenate([x[:, :, :prefix], x[:, :, own]], axis=2)  # noqa: E731
+            allowed = jnp.concatenate([mask[:, here, :prefix], mask[:, here, own]], axis=2)
+            mixed.append(block(query[..., here, :], pair(key), pair(value), allowed))
+    mixed = jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4)
+    return mesh.reshape(mixed, (*mixed.shape[:2], -1, mixed.shape[-1]), "batch", None, "heads", None)
+
+
+def _attend_block(
+    config: DecoderConfig,
+    query: Float[Array, "B G r Q E"],
+    key: Float[Array, "B G K E"],
+    value: Float[Array, "B G K E"],
+    mask: Bool[Array, "B Q K"],
+) -> Float[Array, "B G r Q E"]:
+    scores = jnp.einsum("bgrqe,bgke->bgrqk", query, key, preferred_element_type=jnp.float32)
     weights = _softmax(scores, mask[:, None, None], config).astype(value.dtype)
-    mixed = jnp.einsum("bgrts,bsge->btgre", weights, value)
-    return mesh.reshape(mixed, query.shape, "batch", None, "heads", None)
+    return jnp.einsum("bgrqk,bgke->bgrqe", weights, value)
 
 
 def attend_lanes(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mmalign_jax.models.attention import attend, attend_lanes, rope_tables, rotate
+from mmalign_jax.models.attention import Regions, attend, attend_lanes, rope_tables, rotate
 from mmalign_jax.models.config import DecoderConfig
 from mmalign_jax.models.layers import Embed, Linear, RMSNorm, activation
 
@@ -41,10 +41,14 @@ class LayerCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Masks:
-    """Who sees whom, in full and in windowed layers; either is None where no layer needs it. `[B T T]`, or `[B S T]` of lanes."""
+    """Who sees whom, in full and in windowed layers; either is None where no layer needs it. `[B T T]`, or `[B S T]` of lanes.
+
+    `regions` are those of packed rows; lanes have none.
+    """
 
     full: Bool[Array, "B S T"] | None
     local: Bool[Array, "B S T"] | None
+    regions: Regions | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -123,7 +127,7 @@ class _Attention(nn.Module):
                 own = (new.key, new.value)
             mixed = attend_lanes(c, query, (shared.key, shared.value), mask, (tail.key, tail.value), filled, own)
         else:
-            mixed = attend(c, query, new.key, new.value, mask)
+            mixed = attend(c, query, new.key, new.value, mask, layers.masks.regions)
             new = KeyValues(new.key.swapaxes(1, 2), new.value.swapaxes(1, 2))
         bias = (c.width,) if c.out_bias else ()
         shape, kernel_axes = (c.heads, c.head_width, c.width), ("heads", None, "embed")

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from mmalign_jax import mesh
 from mmalign_jax.models.apart import are_apart
-from mmalign_jax.models.attention import packed_mask, softcap
+from mmalign_jax.models.attention import Regions, packed_mask, softcap
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.connector import Connector
 from mmalign_jax.models.decoder import Decoder, KeyValues, LayerCache, Masks, local_layers, put
@@ -181,7 +181,8 @@ class Mllm:
             hidden = {"visible": visible, "images_see_all": images_see_all}
             return packed_mask(batch.role, batch.positions, image, window=window, bidirectional=c.bidirectional, **hidden)
 
-        masks = Masks(None if local.all() else mask(None), mask(c.sliding_window) if local.any() else None)
+        regions = Regions(batch.prefix_slots, batch.answer_slots, causal=c.bidirectional == "none")
+        masks = Masks(None if local.all() else mask(None), mask(c.sliding_window) if local.any() else None, regions)
         placed = jnp.take_along_axis(features, jnp.maximum(batch.image_index, 0)[..., None], axis=1).astype(self.dtype)
         here, deep = (batch.image_index >= 0)[..., None], None
         inputs = jnp.where(here, placed[..., :width], self._embed(params, batch.tokens))

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.errors import UserError
+from mmalign_jax.models.attention import Regions
 from mmalign_jax.models.config import LORA_A, LORA_B, MllmConfig, VisionConfig
 from mmalign_jax.models.connector import Connector
 from mmalign_jax.models.decoder import Decoder, Masks
@@ -47,7 +48,7 @@ def abstract_params(config: MllmConfig, dtype: str = "float32") -> dict:
 
         def everything(module):
             module.embed_tokens(ids, jnp.dtype(dtype))
-            return module(inputs, ids, Masks(jnp.ones((1, 1, 1), bool), None))
+            return module(inputs, ids, Masks(jnp.ones((1, 1, 1), bool), None, Regions(1, 1, causal=True)))
 
         return {
             "vision_tower": tower_params["params"],

@@ -7,7 +7,7 @@ compute hidden image tokens: a row's prefix shrinks to what is visible of it.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,16 @@ from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.pairs.seen import encode_seen
 from mmalign_jax.pairs.views import View
-from mmalign_jax.sampling import DecodeOptions, LaneStart, LaneTokens, decode_in_turn, kept_slots, lane_keys, without_hidden
+from mmalign_jax.sampling import (
+    DecodeOptions,
+    LaneStart,
+    LaneTokens,
+    compiler_options,
+    decode_in_turn,
+    kept_slots,
+    lane_keys,
+    without_hidden,
+)  # fmt: skip
 from mmalign_jax.types import PREFIX, PairBatch, Patches, PreferenceRecord, record_key
 
 _NO_PICTURES = np.zeros((0, 1, 1, 3), np.uint8)  # the features are at hand
@@ -162,7 +171,7 @@ class MaskedDecoder:
             # what image tokens still see of each other has to be computed
             needed = max(int(most), usual_slots(rows, float(self._rho_th)))
             slots = None if self._whole else next(length for length in ladder(self._layout.prefix_slots) if length >= needed)
-            complete = functools.partial(_complete, self._model, self._options, slots)
+            complete = functools.partial(_completing(self._mesh), self._model, self._options, slots)
             samples = jax.device_get(complete(params, features, place, batch, visible, start, number, sample_key))
 
         def written(row: int, lane: int) -> Written:
@@ -227,7 +236,11 @@ def _visible(
     return visible, jnp.max(jnp.where(jnp.any(start.active, axis=1), needed, 0))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.cache
+def _completing(mesh: Mesh) -> Callable[..., LaneTokens]:
+    return jax.jit(_complete, static_argnums=(0, 1, 2), compiler_options=compiler_options(mesh))
+
+
 def _complete(
     model: Mllm,
     options: DecodeOptions,

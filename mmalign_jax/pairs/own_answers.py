@@ -18,7 +18,7 @@ from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.pairs.seen import encode_seen
 from mmalign_jax.pairs.views import View
-from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, decode_lanes, lane_keys
+from mmalign_jax.sampling import DecodeOptions, LaneStart, Samples, compiler_options, decode_lanes, lane_keys
 from mmalign_jax.sampling.stop_strings import automaton
 from mmalign_jax.types import PairBatch, PreferenceRecord, record_key
 
@@ -93,7 +93,7 @@ class OwnAnswers:
             banned_ids=processor.banned_ids,
             stop_strings=automaton(config.stop_strings, _texts(model, processor)) if config.stop_strings else None,
         )
-        self._draw = jax.jit(functools.partial(_answers, model, view, options, config.count))
+        self._draw = jax.jit(functools.partial(_answers, model, view, options, config.count), compiler_options=compiler_options(mesh))
 
     def __call__(self, params: dict, prompts: Sequence[Prompt], draw: int = 0, layout: RowLayout | None = None) -> list[list[Own]]:
         """The answers to each prompt, in order.

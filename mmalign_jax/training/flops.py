@@ -6,6 +6,7 @@ from collections.abc import Collection
 import jax
 
 from mmalign_jax.losses import Need, Objective
+from mmalign_jax.models.attention import Regions
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.types import PairBatch
 
@@ -50,8 +51,8 @@ class Work:
 def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Collection[str]) -> float:
     """FLOPs of one step over all rows, recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
 
-    Slots are counted as they are computed, padding too. Frozen weights need no gradient of their own, only carry that of what trains
-    in and below them. Low-rank factors themselves are not counted: about 2 rank / width of their linears.
+    Slots are counted as they are computed, padding too, and so are products of queries and keys. Frozen weights need no gradient of their
+    own, only carry that of what trains in and below them. Low-rank factors themselves are not counted: about 2 rank / width of their linears.
 
     Args:
       freeze: parts whose own weights do not train. `config.lora` says which have factors that do.
@@ -64,11 +65,13 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
     theirs = 2 if work.reference else 0
     passes = 2 + backward + theirs
 
-    def decoder(slots: int, answers: int, passes: int) -> float:
-        per_token = c.layers * layer
-        attention = 2 * c.layers * slots * c.heads * c.head_width
+    regions = Regions(batch.prefix_slots, batch.answer_slots, causal=c.bidirectional == "none")
+
+    def decoder(answers: int, passes: int) -> float:
+        slots = batch.prefix_slots + answers * batch.answer_slots
+        attention = 2 * c.layers * regions.products(answers) * c.heads * c.head_width
         head = answers * batch.answer_slots * c.width * c.vocab_size if work.vocabulary else 0
-        return passes * (slots * (per_token + attention) + head)
+        return passes * (slots * c.layers * layer + attention + head)
 
     tower_layer = 4 * v.width * v.width + (3 if v.gated else 2) * v.width * v.mlp_width
     if batch.patches is None:
@@ -90,10 +93,10 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
         of_tower = 2
     tower *= tiles
     more = work.more_answers
-    total = decoder(batch.tokens.shape[-1] + more * batch.answer_slots, batch.answers + more, passes) + of_tower * tower
+    total = decoder(batch.answers + more, passes) + of_tower * tower
     for answers, times, tower_times in ((work.other_answers, passes, of_tower), (work.blind_answers, 2 + theirs, 2)):
         if answers:
-            total += decoder(batch.prefix_slots + answers * batch.answer_slots, answers, times) + tower_times * tower
+            total += decoder(answers, times) + tower_times * tower
     return float(rows * total)
 
 

@@ -1,0 +1,89 @@
+"""Attention by blocks against attention in one piece, and what of it is computed."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmalign_jax.models.attention import Regions, attend, packed_mask
+from mmalign_jax.models.presets import preset
+from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX
+
+# several blocks of a prefix and of an answer, neither of them even; padding behind each
+PREFIX_SLOTS, ANSWER_SLOTS, LENGTHS, IN_PREFIX = 300, 140, (140, 90), 280
+HEADS, GROUPS, WIDTH = 4, 2, 8
+
+
+def config(**changes):
+    c = preset("llava-1.5-7b").decoder
+    return dataclasses.replace(c, heads=HEADS, kv_heads=GROUPS, head_width=WIDTH, **changes)
+
+
+def arrays(window=None, bidirectional="none"):
+    slots = PREFIX_SLOTS + len(LENGTHS) * ANSWER_SLOTS
+    role, positions, image = np.full((1, slots), PAD), np.zeros((1, slots), np.int32), np.full((1, slots), -1)
+    role[:, :IN_PREFIX], positions[:, :IN_PREFIX], image[:, 10:250] = PREFIX, np.arange(IN_PREFIX), np.repeat([0, 1], 120)
+    for number, length in enumerate(LENGTHS):
+        here = PREFIX_SLOTS + number * ANSWER_SLOTS + np.arange(length)
+        role[:, here], positions[:, here] = FIRST_ANSWER + number, IN_PREFIX + np.arange(length)
+    mask = packed_mask(*(jnp.array(x) for x in (role, positions, image)), window=window, bidirectional=bidirectional)
+    random = np.random.default_rng(0)
+    query, key, value = (jnp.array(random.normal(size=(1, slots, heads, WIDTH)), jnp.float32) for heads in (HEADS, GROUPS, GROUPS))
+    return query, key, value, mask, jnp.array(role != PAD)[0]
+
+
+def in_one_piece(config, query, key, value, mask):
+    key, value = (jnp.repeat(x, HEADS // GROUPS, axis=2).astype(jnp.float64) for x in (key, value))
+    scores = jnp.einsum("bqhe,bkhe->bhqk", query.astype(jnp.float64), key) / WIDTH**0.5
+    if config.attention_softcap is not None:
+        scores = config.attention_softcap * jnp.tanh(scores / config.attention_softcap)
+    return jnp.einsum("bhqk,bkhe->bqhe", jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30), axis=-1), value)
+
+
+@pytest.mark.parametrize(
+    ("window", "bidirectional", "softcap"), [(None, "none", None), (50, "none", 3.0), (None, "image", None), (None, "prefix", None)]
+)
+def test_blocks_give_what_one_piece_gives(window, bidirectional, softcap):
+    c = config(attention_softcap=softcap)
+    query, key, value, mask, there = arrays(window, bidirectional)
+    regions = Regions(PREFIX_SLOTS, ANSWER_SLOTS, causal=bidirectional == "none")
+    read = lambda mixed: jnp.sum(jnp.sin(mixed) * there[:, None, None])  # noqa: E731
+    ours = lambda *qkv: attend(c, *qkv, mask, regions)  # noqa: E731
+    with jax.enable_x64(True):
+        theirs = lambda *qkv: in_one_piece(c, *qkv, mask)  # noqa: E731
+        expected, wanted = theirs(query, key, value), jax.grad(lambda qkv: read(theirs(*qkv)))((query, key, value))
+    found, grads = ours(query, key, value), jax.grad(lambda qkv: read(ours(*qkv)))((query, key, value))
+    np.testing.assert_allclose(found[0, there], expected[0, there], rtol=2e-6, atol=5e-6)
+    for one, other in zip(grads, wanted, strict=True):
+        np.testing.assert_allclose(one, other, rtol=5e-6, atol=1e-5)
+
+
+def sizes(jaxpr) -> set[int]:
+    """Elements of all arrays that a computation makes."""
+    out = set()
+    for equation in jaxpr.eqns:
+        out |= {math.prod(v.aval.shape) for v in equation.outvars if hasattr(v.aval, "shape")}
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                out |= sizes(getattr(inner, "jaxpr", inner))
+    return out
+
+
+def test_scores_of_a_whole_row_never_exist():
+    query, key, value, mask, _ = arrays()
+    slots, regions = query.shape[1], Regions(PREFIX_SLOTS, ANSWER_SLOTS, causal=True)
+    made = sizes(jax.make_jaxpr(jax.grad(lambda q: jnp.sum(attend(config(), q, key, value, mask, regions))))(query).jaxpr)
+    assert max(made) <= HEADS * 128 * (PREFIX_SLOTS + ANSWER_SLOTS) < HEADS * slots * slots
+
+
+def test_products_are_counted_as_they_are_computed():
+    query, key, value, mask, _ = arrays()
+    regions = Regions(PREFIX_SLOTS, ANSWER_SLOTS, causal=True)
+    counted = regions.products(len(LENGTHS))
+    assert 0.4 < counted / query.shape[1] ** 2 < 0.6
+    cost = jax.jit(lambda *qkv: attend(config(), *qkv, mask, regions)).lower(query, key, value).compile().cost_analysis()
+    np.testing.assert_allclose(cost["flops"], 4 * HEADS * WIDTH * counted, rtol=0.2)  # the softmax is the rest
+    assert Regions(PREFIX_SLOTS, ANSWER_SLOTS, causal=False).products(0) == PREFIX_SLOTS**2
