@@ -41,7 +41,7 @@ class ModelConfig:
         help="parts whose own weights do not train: vision_tower, projector, decoder. auto: the tower, with LoRA all three. A score head always "
         "trains",
     )
-    remat: str = setting("none", choices=("none", "full"), help="recompute each layer in the backward pass")
+    remat: str = setting("none", choices=("none", "dots", "block", "offload"), help="what is computed again in the backward pass, see models.remat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,6 +273,7 @@ class TrainConfig:
     seed: int = setting(0, min=0)
     redraw_views: str = setting("never", choices=("never", "epoch"), help="never: a row's corrupted image is the same in all epochs")
     log_every: int = setting(10, min=1)
+    profile: int = setting(0, min=0, help="write a trace of so many steps to WORKDIR/profile, from the third step on; XProf reads it")
 
 
 @dataclasses.dataclass(frozen=True)

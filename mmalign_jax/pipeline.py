@@ -86,7 +86,7 @@ def _policy(config: Config, workdir: Path, console: Console) -> Pretrained:
         first_process_first("initial_model", lambda: path.exists() or write_initial(path, seed=config.train.seed))
     elif not config.model.path:
         raise UserError("config.model.path: give the directory of a Hugging Face model")
-    policy = Pretrained.read(path, mesh, config.model.compute_dtype, remat=config.model.remat == "full").adapted(config)
+    policy = Pretrained.read(path, mesh, config.model.compute_dtype, remat=config.model.remat).adapted(config)
     devices = f"{mesh.size} {jax.devices()[0].device_kind} devices, mesh {dict(mesh.shape)}"
     console.line(f"Model {path}; {devices}, compute {policy.model.dtype}")
     return policy

@@ -2,15 +2,16 @@
 
 import dataclasses
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mmalign_jax.benchmark.child import Child, Timed
+from mmalign_jax.benchmark.child import Child
 from mmalign_jax.benchmark.compare import Estimate, Spread, z_of_means, z_of_shares
+from mmalign_jax.benchmark.items import Timed
+from mmalign_jax.benchmark.machine import machine
 from mmalign_jax.benchmark.workload import Result, Workload
 from mmalign_jax.report.console import Console
 
@@ -53,7 +54,7 @@ class _Side:
 
     def measure(self) -> Timed:
         start = len(self.warm_up.results) + self.records * len(self.rounds)
-        self.rounds.append(self.child(start, self.records))
+        self.rounds.append(Timed.ask(self.child, start, self.records))
         return self.rounds[-1]
 
     @property
@@ -83,8 +84,8 @@ def measure(workload: Workload, directory: Path, plan: Plan, against: Sequence[s
         for name in names:
             records = plan.records if name == OURS else plan.against_records
             with console.phase(f"Starting {name}, and its first records"):
-                child = Child(MODULES[name], directory)
-                sides.append(_Side(name, child, records, child(0, records if name == OURS else 1)))
+                child = Child([MODULES[name], str(directory)])
+                sides.append(_Side(name, child, records, Timed.ask(child, 0, records if name == OURS else 1)))
         with console.phase("Measuring") as progress:
             for number in range(plan.rounds):
                 for side in sides:
@@ -99,7 +100,7 @@ def measure(workload: Workload, directory: Path, plan: Plan, against: Sequence[s
         "workload": "bdhs",
         "command": sys.argv,
         "date": started,
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
+        "machine": machine(),
         "load_before_and_after": load,
         "model": workload.model,
         "records": RECORDS,
@@ -187,9 +188,3 @@ def table(report: dict[str, Any]) -> tuple[list[tuple[str, ...]], tuple[str, ...
         cell = lambda s, name=name: Estimate(**s["statistics"][name]).text()  # noqa: E731
         rows.append(row(name, cell, *(f"z {one['z'][name]:+.1f}" for one in against)))
     return rows, ("BDHS", *names, *("" for _ in against))
-
-
-def _cpu() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())

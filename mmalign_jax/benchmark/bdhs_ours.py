@@ -1,4 +1,4 @@
-"""This package's side of the BDHS benchmark; `python -m mmalign_jax.benchmark.bdhs_ours DIRECTORY` serves it (see `child`)."""
+"""This package's side of the BDHS benchmark; `python -m mmalign_jax.benchmark.bdhs_ours DIRECTORY` serves it (see `items`)."""
 
 import dataclasses
 import sys
@@ -7,7 +7,8 @@ from importlib import metadata
 from pathlib import Path
 
 from mmalign_jax import mesh as mesh_lib
-from mmalign_jax.benchmark.child import peak_bytes, serve
+from mmalign_jax.benchmark.child import peak_bytes
+from mmalign_jax.benchmark.items import serve_items
 from mmalign_jax.benchmark.workload import Item, Numbered, Result, Workload, result
 from mmalign_jax.config import DataConfig, PairsConfig
 from mmalign_jax.data.plan import plan_rows
@@ -45,7 +46,7 @@ def main() -> None:
     sys.modules |= dict.fromkeys(("torch", "torchvision"))
     imported = peak_bytes()
     workload = Workload.read(Path(sys.argv[1]))
-    serve(workload, imported, {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}, runner(workload))
+    serve_items(workload, imported, {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}, runner(workload))
 
 
 if __name__ == "__main__":

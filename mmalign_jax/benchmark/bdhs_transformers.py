@@ -2,7 +2,7 @@
 
     python -m mmalign_jax.benchmark.bdhs_transformers DIRECTORY
 
-serves it (see `child`). Model and processor are transformers' own, in float32, without gradients, with the attention that transformers
+serves it (see `items`). Model and processor are transformers' own, in float32, without gradients, with the attention that transformers
 chooses (SDPA) and its key-value cache; the picture is prepared once a record, and shown to every call. Hidden image tokens are zeros of the
 attention mask, and `position_ids` keep every token where it is. Sentences, splits and similarity follow the rules of `pairs`, the draws are
 of torch and numpy. This module and the one for verifying are the only ones that import torch.
@@ -19,7 +19,8 @@ import torch
 import transformers
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from mmalign_jax.benchmark.child import peak_bytes, serve
+from mmalign_jax.benchmark.child import peak_bytes
+from mmalign_jax.benchmark.items import serve_items
 from mmalign_jax.benchmark.workload import Item, Options, Result, Workload, result
 from mmalign_jax.pairs.ngrams import ngram_cosine
 from mmalign_jax.pairs.sentences import split_sentences, swap_yes_no
@@ -124,7 +125,7 @@ def main() -> None:
     workload = Workload.read(Path(sys.argv[1]))
     sampler = Straightforward(workload.model, workload.options)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "torch threads": str(torch.get_num_threads())}
-    serve(workload, imported, versions, lambda asked: [sampler(one.item) for one in asked])
+    serve_items(workload, imported, versions, lambda asked: [sampler(one.item) for one in asked])
 
 
 if __name__ == "__main__":

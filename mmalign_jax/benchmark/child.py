@@ -1,22 +1,18 @@
-"""A side of the benchmark as a process of its own: what it says about itself, and how it is asked.
+"""A side of a benchmark as a process of its own: what it says about itself, and how it is asked.
 
-One line of JSON each way. The child says first `{"ready": ...}`; a request `{"start": i, "count": n}` is answered with seconds and results.
-Attempts are numbered on, so that a record that comes again has draws of its own.
-Anything else that the child writes goes to standard error. Nothing here imports jax or torch.
+One line of JSON each way. The child says first `{"ready": ...}`; every request is answered. Anything else that the child writes goes to
+standard error. Nothing here imports jax or torch.
 """
 
-import dataclasses
 import json
 import os
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmalign_jax.benchmark.workload import Numbered, Result, Workload
 from mmalign_jax.errors import UserError
 
 
@@ -31,54 +27,53 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def serve(workload: Workload, imported_bytes: int, versions: Mapping[str, str], run: Callable[[Sequence[Numbered]], list[Result]]) -> None:
-    """Answers requests until standard input ends.
+class Requests:
+    """The child's end. What libraries print is no answer: it goes to standard error from here on.
 
     Args:
-      imported_bytes: peak memory behind the imports, before anything was loaded.
-      run: makes the results of some items.
+      ready: what the side says of itself.
     """
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    ready = {"imported_bytes": imported_bytes, "versions": dict(versions), "options": dataclasses.asdict(workload.options)}
-    print(json.dumps({"ready": ready}), file=out, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        items = workload.pick(request["start"], request["count"])
-        started, cpu = time.perf_counter(), time.process_time()
-        results = run(items)
-        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-        answer = {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak_bytes(), "results": [dataclasses.asdict(one) for one in results]}
-        print(json.dumps(answer), file=out, flush=True)
+
+    def __init__(self, ready: Mapping[str, Any]):
+        self._out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self.answer({"ready": dict(ready)})
+
+    def next(self) -> dict[str, Any] | None:
+        """The next request; None when there are no more."""
+        line = sys.stdin.readline()
+        return json.loads(line) if line else None
+
+    def answer(self, answer: Mapping[str, Any]) -> None:
+        print(json.dumps(answer), file=self._out, flush=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class Timed:
-    """An answer: seconds of work, those of all its threads, peak memory of the child up to then, and the results."""
-
-    seconds: float
-    cpu_seconds: float
-    peak_bytes: int
-    results: tuple[Result, ...]
+def serve(ready: Mapping[str, Any], answer: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+    """Answers requests until standard input ends."""
+    requests = Requests(ready)
+    while (request := requests.next()) is not None:
+        requests.answer(answer(request))
 
 
 class Child:
-    """A running side, on the CPU. `close` it when nothing more is asked.
+    """A running side. `close` it when nothing more is asked.
 
-    `ready` holds what it says of itself: `imported_bytes`, `versions` and `options`.
+    `ready` holds what it says of itself.
 
     Args:
-      module: started with `python -m`, its one argument the workload's directory.
+      words: a module, started with `python -m`, and its arguments.
+      platform: of jax, "cpu" or another; "": the best there is.
 
     Raises:
       UserError: the process ends before it answers; what it wrote stands on standard error.
     """
 
-    def __init__(self, module: str, directory: Path):
-        self._module = module
-        words = [sys.executable, "-m", module, str(directory)]
-        on_cpu = os.environ | {"JAX_PLATFORMS": "cpu"}  # as torch is; and what jax loads for other devices weighs on no memory
-        self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=on_cpu)
+    def __init__(self, words: Sequence[str], platform: str = "cpu"):
+        self._module = words[0]
+        # what jax loads for other devices would weigh on the memory of a side on the CPU
+        environment = os.environ | ({"JAX_PLATFORMS": platform} if platform else {})
+        command = [sys.executable, "-m", *words]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.ready: dict[str, Any] = self._answer()["ready"]
 
     def close(self) -> None:
@@ -86,10 +81,9 @@ class Child:
         self._process.wait()
         self._process.stdout.close()
 
-    def __call__(self, start: int, count: int) -> Timed:
-        print(json.dumps({"start": start, "count": count}), file=self._process.stdin, flush=True)
-        answer = self._answer()
-        return Timed(answer["seconds"], answer["cpu_seconds"], answer["peak_bytes"], tuple(Result(**one) for one in answer["results"]))
+    def __call__(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         line = self._process.stdout.readline()

@@ -12,8 +12,21 @@ from mmalign_jax.scenes import language
 NAME = "random LLaVA, 63M"
 
 
-def hf_config() -> dict[str, Any]:
-    """`config.json`: a Llama of 8 layers, width 512, behind a CLIP tower of 6 layers, width 256, 336 pixels in patches of 14."""
+def hf_config(side: int = 336, small: bool = False) -> dict[str, Any]:
+    """`config.json`: a Llama of 8 layers, width 512, behind a CLIP tower of 6 layers, width 256, `side` pixels in patches of 14.
+
+    Args:
+      small: 2 layers of width 128 behind 2 of width 64, 9 million parameters, nearly all of them of the vocabulary.
+    """
+    config = _large(side)
+    if small:
+        config["vision_config"] |= {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config["text_config"] |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2}
+        config["text_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    return config
+
+
+def _large(side: int) -> dict[str, Any]:
     return {
         "image_token_index": language.SPECIAL_TOKENS.index(language.IMAGE_TOKEN),
         "vision_feature_layer": -2,
@@ -21,11 +34,11 @@ def hf_config() -> dict[str, Any]:
         "tie_word_embeddings": False,
         "vision_config": {
             "model_type": "clip_vision_model", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6,
-            "num_attention_heads": 4, "image_size": 336, "patch_size": 14, "projection_dim": 256,
+            "num_attention_heads": 4, "image_size": side, "patch_size": 14, "projection_dim": 256,
         },
         "text_config": {
             "model_type": "llama", "vocab_size": 32064, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
-            "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+            "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False,
             "bos_token_id": language.SPECIAL_TOKENS.index(language.BOS), "eos_token_id": language.SPECIAL_TOKENS.index(language.EOS),
             "pad_token_id": language.SPECIAL_TOKENS.index(language.PAD),

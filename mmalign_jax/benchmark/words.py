@@ -78,5 +78,7 @@ def _made_up() -> Iterator[str]:
 
 def write_tokenizer(directory: pathlib.Path, size: int) -> None:
     """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` with the `vocabulary` of this size."""
-    write_word_tokenizer(directory, vocabulary(size), apart="\n", longest=2048)
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    # TRL tokenizes chats without what the tokenizer would add: the first token is the template's
+    template = "{{ bos_token + ' ' }}" + CHAT_TEMPLATE  # words stand behind spaces
+    write_word_tokenizer(directory, vocabulary(size), apart="\n", longest=4096, template=template)
+    (directory / "chat_template.jinja").write_text(template, encoding="utf-8")

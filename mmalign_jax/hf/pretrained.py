@@ -40,12 +40,12 @@ class Pretrained:
     seed: int = 0
 
     @classmethod
-    def read(cls, path: Path, mesh: Mesh, compute_dtype: str = "auto", *, remat: bool = False) -> "Pretrained":
+    def read(cls, path: Path, mesh: Mesh, compute_dtype: str = "auto", *, remat: str = "none") -> "Pretrained":
         """Reads config, tokenizer and processor.
 
         Args:
           compute_dtype: "float32", "bfloat16", or "auto", see `mesh.compute_dtype`.
-          remat: recompute every layer in the backward pass.
+          remat: see `models.remat`.
 
         Raises:
           UserError: `path` is not the directory of a model that this package knows.

@@ -63,7 +63,7 @@ def answer_statistics(
 
     The first token of every answer is predicted by the row's last prefix token, each later one by the token before it in its answer.
     A row that has answer tokens must have a prefix token. Logits, log-softmax and results are float32, whatever the inputs are; the
-    backward pass computes the logits of each chunk again, so that only one `[B, chunk, V]` exists at a time (two with `kl`).
+    backward pass computes the logits of each of several chunks again, so that only one `[B, chunk, V]` exists at a time (two with `kl`).
 
     Under a mesh the batch stays sharded and so does the vocabulary. Give `head` as it is at rest, `[embed, vocab]`, cast to the compute
     type: it is gathered here, and its gradient is reduced over the batch once, not once a chunk.
@@ -156,8 +156,9 @@ def _chunked(
     def body(_: None, some: tuple[tuple[Array, ...], Array]) -> tuple[None, dict[str, Array]]:
         return None, _of_chunk(*some, heads, softcap, wanted)
 
-    # prevent_cse only matters outside of a scan
-    _, found = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, (jax.tree.map(split, hidden), split(labels)))
+    # one chunk's logits exist in the backward pass anyway; prevent_cse only matters outside of a scan
+    body = body if chunks == 1 else jax.checkpoint(body, prevent_cse=False)
+    _, found = jax.lax.scan(body, None, (jax.tree.map(split, hidden), split(labels)))
     return {name: jnp.moveaxis(value, 0, 1).reshape(rows, chunks * size)[:, :slots] for name, value in found.items()}
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mmalign_jax.models.attention import Regions, attend, attend_lanes, rope_tables, rotate
 from mmalign_jax.models.config import DecoderConfig
 from mmalign_jax.models.layers import Embed, Linear, RMSNorm, activation
+from mmalign_jax.models.remat import remat
 
 
 @jax.tree_util.register_dataclass
@@ -191,13 +192,13 @@ class Decoder(nn.Module):
     """
 
     config: DecoderConfig
-    remat: bool = False
+    remat: str = "none"
     keep_cache: bool = False
     apart: bool = False
 
     def setup(self):
         c = self.config
-        block = nn.remat(_Block, prevent_cse=False) if self.remat else _Block
+        block = remat(_Block, self.remat)
         self.embed = Embed(c.vocab_size, c.width)
         if self.apart:
             # a layer fills its own tail before it reads it, which needs no copy of it; a scan would move whole tails in and out

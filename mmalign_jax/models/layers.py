@@ -4,6 +4,7 @@ Weights rest sharded over `fsdp`. A layer casts its weight to the compute type w
 so that the gather moves 2 bytes a weight on accelerators and only one layer is whole at a time.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -22,6 +23,35 @@ _INIT = nn.initializers.normal(0.02)  # only for shapes: weights always come fro
 def gathered(weight: Array, dtype: jnp.dtype, *axes: str | None) -> Array:
     """The weight in its compute type, whole along `fsdp`, still split along `tensor`."""
     return mesh.constrain(weight.astype(dtype), *(None if axis == "embed" else axis for axis in axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(equation: str, out_axes: tuple[str | None, ...], kernel_axes: tuple[str | None, ...], x: Array, kernel: Array) -> Array:
+    """`einsum(equation, x, kernel)`, over one axis.
+
+    The kernel's gradient is the product of `x` and the result's, in the order in which a CPU has to transpose the smaller of the two: by
+    itself it would transpose what is behind an activation, and compute that once more for it.
+    """
+    return jnp.einsum(equation, x, kernel, out_sharding=mesh.out_sharding(*out_axes))
+
+
+def _product_forward(equation: str, out_axes: tuple, kernel_axes: tuple, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(equation, out_axes, kernel_axes, x, kernel), (x, kernel)
+
+
+def _product_backward(equation: str, out_axes: tuple, kernel_axes: tuple, kept: tuple[Array, Array], y: Array) -> tuple[Array, Array]:
+    (x, kernel), (given, result) = kept, equation.split("->")
+    of_x, of_kernel = given.split(",")
+    rows = x.ndim - 1
+    to_x = jnp.einsum(f"{result},{of_kernel}->{of_x}", y, kernel, out_sharding=mesh.out_sharding(*out_axes[:rows], kernel_axes[0]))
+    if x.shape[-1] <= math.prod(kernel.shape[1:]):
+        to_kernel = jnp.einsum(f"{of_x},{result}->{of_kernel}", x, y, out_sharding=mesh.out_sharding(*kernel_axes))
+    else:
+        to_kernel = jnp.einsum(f"{result},{of_x}->{of_kernel}", y, x, out_sharding=mesh.out_sharding(*kernel_axes))
+    return to_x, to_kernel
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nn.Module):
@@ -60,7 +90,8 @@ class Linear(nn.Module):
             x = mesh.reshape(x, (*x.shape[:rows], size), *self.out_axes[:rows], self.kernel_axes[0])
             kernel = mesh.reshape(kernel, (size, *kernel.shape[len(inputs) :]), self.kernel_axes[0], *(None,) * (kernel.ndim - len(inputs)))
             equation = equation.replace("".join(inputs), inputs[0])
-        return jnp.einsum(equation, x, kernel, out_sharding=mesh.out_sharding(*self.out_axes))
+        axes = tuple(None if axis == "embed" else axis for axis in (self.kernel_axes[0], *self.kernel_axes[len(inputs) :]))
+        return _product(equation, self.out_axes, axes, x, kernel)
 
     def _low_rank(self, x: Array, lora: Lora) -> Array:
         """scale (x A) B, with A `[*ins, R]` and B `[R, *outs]` where the kernel is `[*ins, *outs]`."""

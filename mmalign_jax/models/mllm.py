@@ -48,14 +48,14 @@ class Mllm:
       config: sizes.
       pixel_mean, pixel_std: the processor's normalisation of pixels in [0, 1], applied on the device.
       dtype: compute type, "float32" or "bfloat16".
-      remat: recompute every layer in the backward pass.
+      remat: what of a layer is not kept for the backward pass, see `models.remat`.
     """
 
     config: MllmConfig
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     dtype: str = "float32"
-    remat: bool = False
+    remat: str = "none"
 
     def without_adapter(self) -> "Mllm":
         """The model that reads no low-rank factors, whether there are some in a tree or not."""
@@ -65,7 +65,7 @@ class Mllm:
         self, params: dict, images: UInt8[Array, "B M Y W 3"] | Float[Array, "B M Y W 3"], patches: Patches | None = None
     ) -> Float[Array, "B G Z"]:
         """Tower features of each row's images, before the projector. Images are pixels in 0..255."""
-        with jax.named_scope("vision_tower"):
+        with jax.named_scope("vision"):
             if patches is not None:
                 # canvases are far larger than what is seen of them, and uint8 so far
                 images = take_patches(images, patches, self.config.vision.patch_size)

@@ -41,7 +41,7 @@ def abstract_params(config: MllmConfig, dtype: str = "float32") -> dict:
 
     def build(key: jax.Array) -> dict:
         v, width = config.vision, config.decoder.width
-        tower, connector, decoder = VisionTower(config, False), Connector(config), Decoder(config.decoder)
+        tower, connector, decoder = VisionTower(config, "none"), Connector(config), Decoder(config.decoder)
         pixels, patches = (jnp.zeros((1, 1, v.image_size, v.image_size, 3)), None) if v.image_size else _one_window(v)
         features, tower_params = tower.init_with_output(key, pixels, patches)
         inputs, ids = jnp.zeros((1, 1, width)), jnp.zeros((1, 1), jnp.int32)

@@ -9,6 +9,7 @@ from mmalign_jax import mesh
 from mmalign_jax.models.config import MllmConfig, VisionConfig
 from mmalign_jax.models.layers import LayerNorm, Linear, RMSNorm, activation, gathered
 from mmalign_jax.models.patches import PatchEmbedding, rotary_tables, segment_mask, window_mask
+from mmalign_jax.models.remat import remat
 from mmalign_jax.types import Patches
 
 # B M N: rows are split over the mesh. M counts tiles, or attention windows of pictures of any size; tokens are seen within one.
@@ -125,7 +126,7 @@ class VisionTower(nn.Module):
     """Normalised pixels to features, as far as the last hidden state that is used."""
 
     config: MllmConfig
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(
@@ -143,7 +144,7 @@ class VisionTower(nn.Module):
             x = PatchEmbedding(v, name="embedding")(pixels, patches)
             x = mesh.reshape(x, (x.shape[0], -1, v.window_slots if v.window else x.shape[1], v.width), *_ROWS, None)
         used, wanted = c.used_vision_layers, self._wanted()
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = remat(Block, self.remat)
         keep = sorted({layer for layer in wanted if layer not in (0, used)})
         stack = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=used, in_axes=(0, 0, nn.broadcast))
         first, full = x, jnp.array([layer in v.full_layers for layer in range(used)])

@@ -104,8 +104,10 @@ def build_tokenizer(directory: str | os.PathLike) -> None:
     write_word_tokenizer(directory, vocabulary(), apart=r"[.,?\n]", longest=256)
 
 
-def write_word_tokenizer(directory: str | os.PathLike, tokens: Sequence[str], *, apart: str, longest: int) -> None:
-    """Writes `tokenizer.json` and `tokenizer_config.json` with one token a word, and the template of LLaVA-1.5.
+def write_word_tokenizer(
+    directory: str | os.PathLike, tokens: Sequence[str], *, apart: str, longest: int, template: str = CHAT_TEMPLATE
+) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json` with one token a word, by default with the template of LLaVA-1.5.
 
     As in LLaMA's tokenizer a word carries the space before it, so a text that starts with a word and the same text after a space have the
     same tokens, and decoding gives the text back.
@@ -114,6 +116,7 @@ def write_word_tokenizer(directory: str | os.PathLike, tokens: Sequence[str], *,
       tokens: the vocabulary, in the order of the ids; the first are `SPECIAL_TOKENS`.
       apart: pattern of what is a token of its own.
       longest: most tokens of a text, as the files state it.
+      template: of chats. One that writes the first token itself has a tokenizer that does not, as in newer families.
     """
     tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(tokens)}, unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -121,13 +124,14 @@ def write_word_tokenizer(directory: str | os.PathLike, tokens: Sequence[str], *,
         pre_tokenizers.Split(tokenizers.Regex(apart), behavior="isolated"),
     ])  # fmt: skip
     tokenizer.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme="first")
-    bos = (BOS, SPECIAL_TOKENS.index(BOS))
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos])
+    if "bos_token" not in template:
+        bos = (BOS, SPECIAL_TOKENS.index(BOS))
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[bos])
     tokenizer.add_special_tokens([tokenizers.AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "unk_token": UNK, "pad_token": PAD,
         "additional_special_tokens": [IMAGE_TOKEN], "image_token": IMAGE_TOKEN, "padding_side": "left", "model_max_length": longest,
-        "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False, "chat_template": template,
     }  # fmt: skip
     out = pathlib.Path(directory)
     tokenizer.save(str(out / "tokenizer.json"))

@@ -67,7 +67,7 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
     kind = Reference.of(config, Trainable.of(config, sizes), objective)
     state, reference, batch = _abstract_arguments(config, sizes, mesh, optimizer, objective, kind)
     dtype = mesh_lib.compute_dtype(config.model.compute_dtype, "tpu")
-    model = Mllm(sizes, (0.5,) * 3, (0.5,) * 3, dtype, remat=config.model.remat == "full")
+    model = Mllm(sizes, (0.5,) * 3, (0.5,) * 3, dtype, remat=config.model.remat)
     loss = LossFunction(model, dataclasses.replace(objective, reference_free=kind.free), config.train.redraw_views == "epoch")
     schedule = make_schedule(config.optimizer, config.train.steps)
     step = make_train_step(loss, optimizer, schedule, follow=kind.follow, updates=config.train.updates)

@@ -24,6 +24,8 @@ from mmalign_jax.training.flops import Work, mfu, step_flops
 from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.monitors import Monitor
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
+from mmalign_jax.training.profile import DIRECTORY as PROFILE
+from mmalign_jax.training.profile import Profile
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.signals import StopRequest
 from mmalign_jax.training.step import init_state, make_train_step, zero_gradients
@@ -97,6 +99,7 @@ def train(
         options = {"rows_per_epoch": rows_per_epoch, "updates": updates}
         step = make_train_step(loss, optimizer, schedule, follow=reference.follow, **options)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+        profile = Profile(workdir / PROFILE, config.train.profile)
         writer = MetricsWriter(
             workdir, config.report.tensorboard, config.report.wandb, dataclasses.asdict(config), enabled=jax.process_index() == 0
         )
@@ -124,11 +127,12 @@ def train(
                 history = [line for line in read_metrics(workdir) if line["step"] <= start]
                 with StopRequest() as stop:
                     measures = _Measures(config, None if monitor is None else monitor.jitted(), probe, history, held_out)
-                    run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop, work, measures)
+                    run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop, work, measures, profile)
                     state = run(state, theirs, start)
                 ended = int(state.step) >= config.train.steps or measures.reason
                 held = held_out(int(state.step), state, theirs) if held_out is not None and ended else None
         finally:
+            profile.close()
             checkpoints.close()
     name = "" if stop.signal is None or ended else stop.signal.name
     reason = measures.reason if int(state.step) < config.train.steps else ""
@@ -152,6 +156,7 @@ class _Run:
     stop: StopRequest
     work: Work
     measures: "_Measures"
+    profile: Profile
 
     def __call__(self, state: TrainState, reference: dict | None, start: int) -> TrainState:
         steps, measures = self.config.train.steps, self.measures
@@ -178,7 +183,10 @@ class _Run:
             if not compared and drawn.drawn_logps is not None and not np.isnan(drawn.drawn_logps).all():
                 check_samples(self.loss, state, to_device(drawn, self.mesh))
                 compared = True
+            self.profile.before_step()
             state, metrics = self.step(state, reference, device_batch)
+            if self.profile.after_step(metrics):
+                self.console.line(f"Trace of {self.config.train.profile} steps: {self.profile.directory}")
             # the step before has ended by now: looking at it does not hold the device up
             if in_flight is not None:
                 self._check_finite(*in_flight)

@@ -82,7 +82,7 @@ def make_train_step(
             moment = Moment(state.step, epoch, carried)
             of = lambda params, some: loss.statistics(params, state.frozen, reference, some, state.key, moment)  # noqa: E731
             grads, metrics, carried = _gradient(loss.objective, of, params, prepared, moment)
-            with jax.named_scope("update"):
+            with jax.named_scope("optimizer"):
                 moves, opt_state = optimizer.update(grads, opt_state, params)
                 moved = optax.apply_updates(params, moves)
             silent = sum(silent.astype(jnp.int32) for silent in unreached(grads, params).values())
@@ -109,9 +109,10 @@ def _gradient(objective: Objective, of: Of, params: dict, batch: PairBatch, mome
 
     def mean(params: dict, some: PairBatch) -> tuple[Float[Array, ""], tuple[Metrics, dict]]:
         stats = of(params, some)
-        per_pair, metrics = objective(stats)
-        value = jnp.mean(per_pair)
-        return value, ({"loss": value, **metrics}, objective.next_state(stats))
+        with jax.named_scope("loss"):
+            per_pair, metrics = objective(stats)
+            value = jnp.mean(per_pair)
+            return value, ({"loss": value, **metrics}, objective.next_state(stats))
 
     def part(some: PairBatch) -> tuple[dict, Metrics, dict]:
         (_, (metrics, carried)), grads = jax.value_and_grad(mean, has_aux=True)(params, some)

@@ -42,7 +42,7 @@ def sizes(tmp_path_factory):
 
 
 def settings(**changes):
-    values = {"train.batch_size": 16, "data.prefix_tokens": 32, "data.answer_tokens": 16, "model.remat": "full", **changes}
+    values = {"train.batch_size": 16, "data.prefix_tokens": 32, "data.answer_tokens": 16, "model.remat": "block", **changes}
     return config.from_mapping(config_files.load(ROOT / "configs" / "base.py", values))
 
 

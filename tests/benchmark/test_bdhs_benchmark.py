@@ -12,8 +12,8 @@ from helpers.checkpoints import quiet
 from helpers.commands import launch
 
 from mmalign_jax.benchmark import bdhs, bdhs_ours, bdhs_transformers, words
-from mmalign_jax.benchmark.child import Timed
 from mmalign_jax.benchmark.compare import Estimate, Spread, z_of_means, z_of_shares
+from mmalign_jax.benchmark.items import Timed
 from mmalign_jax.benchmark.model import hf_config, write_model
 from mmalign_jax.benchmark.workload import Item, Options, Result, Workload, make_items
 from mmalign_jax.hf.import_ import read_config

@@ -53,7 +53,7 @@ def metrics_on(mesh, batches):
     c, path = QUICKSTART, QUICKSTART.model.path
     sizes = read_config(path)
     processor = load_processor(path, sizes)
-    model = Mllm(sizes, processor.mean, processor.std, "float32", remat=c.model.remat == "full")
+    model = Mllm(sizes, processor.mean, processor.std, "float32", remat=c.model.remat)
     loss = LossFunction(model, losses.build(c.objective.name, **c.objective.hyperparameters))
     optimizer = make_optimizer(c.optimizer, c.train.steps)
     read = lambda: Trainable.of(c, sizes).split(load_params(path, sizes, param_shardings(sizes, mesh)))  # noqa: E731

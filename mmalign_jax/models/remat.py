@@ -1,0 +1,31 @@
+"""What of a layer is kept for the backward pass, by name; the rest is computed again there."""
+
+from typing import TypeVar
+
+import flax.linen as nn
+import jax
+
+Layer = TypeVar("Layer", bound=type[nn.Module])
+
+POLICIES = ("none", "dots", "block", "offload")
+
+
+def remat(layer: Layer, policy: str) -> Layer:
+    """The layer, for a scan over layers.
+
+    Args:
+      policy: "none" keeps everything; "dots" keeps the results of the linears; "offload" keeps these, too, but in the host's memory
+        (accelerators only); "block" keeps the layer's input alone.
+
+    Raises:
+      ValueError: another policy.
+    """
+    policies = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "block": None,
+        "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    }
+    if policy not in POLICIES:
+        raise ValueError(f"unknown remat policy {policy!r}; there are {', '.join(POLICIES)}")
+    # nothing outside of a scan's body could be shared with what is computed again in it
+    return layer if policy == "none" else nn.remat(layer, prevent_cse=False, policy=policies[policy])

@@ -1,0 +1,47 @@
+"""Remat changes what is kept, not what is computed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.checkpoints import tiny_llava
+from helpers.tiny import MIXED, Tiny, batch_of, quick_jit
+
+from mmalign_jax.config import ModelConfig
+from mmalign_jax.models import remat
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return Tiny.load(tiny_llava(tmp_path_factory.mktemp("tiny"), layout="memory"))
+
+
+@pytest.fixture(scope="module")
+def rows(tiny):
+    return batch_of(MIXED, tiny.processor)
+
+
+def residuals(tiny, policy, batch) -> tuple[dict, int]:
+    """Gradients, and the bytes that the forward pass keeps for them."""
+    model = Tiny.load(tiny.directory, remat=policy).model
+
+    def loss(params):
+        features = model.encode_images(params, batch.images)
+        return jnp.sum(jnp.sin(model.hidden(params, features, batch)))
+
+    _, back = jax.vjp(loss, tiny.params)
+    return quick_jit(jax.grad(loss))(tiny.params), sum(leaf.nbytes for leaf in jax.tree.leaves(back))
+
+
+def test_less_is_kept_and_gradients_are_the_same(tiny, rows):
+    (plain, all_of_it), (dots, some), (block, least) = (residuals(tiny, policy, rows) for policy in ("none", "dots", "block"))
+    assert all_of_it > some > least
+    for other in (dots, block):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, other)
+
+
+def test_names():
+    with pytest.raises(ValueError, match="unknown remat policy 'full'"):
+        remat.remat(object, "full")
+    for policy in remat.POLICIES:
+        assert from_mapping({"model": {"remat": policy}}).model.remat == policy
