@@ -7,7 +7,6 @@ import pytest
 from helpers.checkpoints import tiny_llava
 from helpers.tiny import MIXED, Tiny, batch_of, quick_jit
 
-from mmalign_jax.config import ModelConfig
 from mmalign_jax.models import remat
 
 
