@@ -11,6 +11,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float, Int
 
 from mmalign_jax import mesh
@@ -35,23 +36,28 @@ def _product(equation: str, out_axes: tuple[str | None, ...], kernel_axes: tuple
     return jnp.einsum(equation, x, kernel, out_sharding=mesh.out_sharding(*out_axes))
 
 
-def _product_forward(equation: str, out_axes: tuple, kernel_axes: tuple, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(equation, out_axes, kernel_axes, x, kernel), (x, kernel)
+def _product_forward(equation: str, out_axes: tuple, kernel_axes: tuple, x: CustomVJPPrimal, kernel: CustomVJPPrimal) -> tuple[Array, tuple]:
+    # nothing is kept for a gradient that nobody asks for: a frozen kernel's needs the input, and would hold it
+    kept = x.value if kernel.perturbed else None, kernel.value if x.perturbed else None
+    # the product itself, which remat policies know, and not `_product`, which they do not
+    return jnp.einsum(equation, x.value, kernel.value, out_sharding=mesh.out_sharding(*out_axes)), kept
 
 
-def _product_backward(equation: str, out_axes: tuple, kernel_axes: tuple, kept: tuple[Array, Array], y: Array) -> tuple[Array, Array]:
+def _product_backward(equation: str, out_axes: tuple, kernel_axes: tuple, kept: tuple, y: Array) -> tuple[Array | None, Array | None]:
     (x, kernel), (given, result) = kept, equation.split("->")
     of_x, of_kernel = given.split(",")
-    rows = x.ndim - 1
-    to_x = jnp.einsum(f"{result},{of_kernel}->{of_x}", y, kernel, out_sharding=mesh.out_sharding(*out_axes[:rows], kernel_axes[0]))
-    if x.shape[-1] <= math.prod(kernel.shape[1:]):
-        to_kernel = jnp.einsum(f"{of_x},{result}->{of_kernel}", x, y, out_sharding=mesh.out_sharding(*kernel_axes))
-    else:
-        to_kernel = jnp.einsum(f"{result},{of_x}->{of_kernel}", y, x, out_sharding=mesh.out_sharding(*kernel_axes))
+    rows, to_x, to_kernel = len(of_x) - 1, None, None
+    if kernel is not None:
+        to_x = jnp.einsum(f"{result},{of_kernel}->{of_x}", y, kernel, out_sharding=mesh.out_sharding(*out_axes[:rows], kernel_axes[0]))
+    if x is not None:
+        small = x.shape[-1] <= math.prod(y.shape[rows:])
+        first, second = ((of_x, x), (result, y)) if small else ((result, y), (of_x, x))
+        product = f"{first[0]},{second[0]}->{of_kernel}"
+        to_kernel = jnp.einsum(product, first[1], second[1], out_sharding=mesh.out_sharding(*kernel_axes))
     return to_x, to_kernel
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 class Linear(nn.Module):
