@@ -15,7 +15,8 @@ FLOOR = {"types", "mesh", "errors", "files", "mentions"}
 SETTINGS = {"config", "config_files"}
 SIDE = {"data", "hf", "scenes", "report"}
 WITH_TORCH, ITS_READER = "mmalign_jax/verify/theirs.py", "mmalign_jax/verify/compare.py"
-OTHER_SIDE = "mmalign_jax/benchmark/bdhs_transformers.py"  # a process of its own, which nothing imports
+# processes of their own, which nothing imports
+OTHER_SIDES = {"mmalign_jax/benchmark/bdhs_transformers.py": {"torch"}, "mmalign_jax/benchmark/step_trl.py": {"torch", "trl"}}
 
 # What each room may import of the package, itself and the ground floor apart.
 MAY_IMPORT = {
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "pairs": {"config", "models", "sampling"} | SIDE,
     "evaluation": {"config", "models", "sampling", "pairs"} | SIDE,
     "verify": {"config", "models", "sampling", "losses", "data", "hf"},
-    "benchmark": {"config", "models", "sampling", "pairs"} | SIDE,
+    "benchmark": {"config", "models", "losses", "sampling", "pairs", "training"} | SIDE,
     "run_files": {"config"},
     "run_export": {"config", "models", "pairs", "losses", "evaluation", "training", "run_files"} | SIDE,
     "pipeline": {"config", "models", "sampling", "pairs", "losses", "evaluation", "training", "run_files", "run_export"} | SIDE,
@@ -78,7 +79,7 @@ def test_arrows(path):
 @pytest.mark.parametrize("path", SOURCES)
 def test_forbidden_imports(path):
     names = imports(SOURCES[path])
-    assert not {name.split(".")[0] for name in names} & (FORBIDDEN - ({"torch"} if path in (WITH_TORCH, OTHER_SIDE) else set()))
+    assert not {name.split(".")[0] for name in names} & (FORBIDDEN - OTHER_SIDES.get(path, {"torch"} if path == WITH_TORCH else set()))
     flax = {name for name in names if name.split(".")[0] == "flax"}
     if room(path) == "models":
         assert all(name == "flax.linen" or name.startswith("flax.linen.") for name in flax), flax
@@ -90,8 +91,8 @@ def test_only_the_comparison_loads_torch_and_only_when_it_runs():
     module = WITH_TORCH.removesuffix(".py").replace("/", ".")
     loads = lambda tree: any(name == module or name.startswith(module + ".") for name in imports(tree))  # noqa: E731
     assert {path for path, tree in (SOURCES | COMMANDS).items() if loads(tree)} == {ITS_READER}
-    other = OTHER_SIDE.removesuffix(".py").replace("/", ".")
-    assert not [path for path, tree in (SOURCES | COMMANDS).items() if other in imports(tree)]
+    others = {path.removesuffix(".py").replace("/", ".") for path in OTHER_SIDES}
+    assert not [path for path, tree in (SOURCES | COMMANDS).items() if others & set(imports(tree))]
     on_import = [node for node in SOURCES[ITS_READER].body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     assert not any(map(loads, on_import))
 

@@ -75,6 +75,7 @@ class Steps(TrainerCallback):
 
 
 def main() -> None:
+    """Trains until no requests are left."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     logging.disable_progress_bar()
     imported, workload = peak_bytes(), PairWorkload.read(Path(sys.argv[1]))

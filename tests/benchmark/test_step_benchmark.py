@@ -88,7 +88,8 @@ def test_the_report(workload):
     against = {one.name: step._compared(ours, one) for one in (naive, trl)}
     assert against[step.NAIVE]["speed_ratio"]["median"] == 2.0 and against[step.NAIVE]["predicted_speed_ratio"] == 1.8
     assert against[step.TRL]["speed_ratio"]["median"] == 3.0 and "predicted_speed_ratio" not in against[step.TRL]
-    report = {"sides": {one.name: step._side(one, workload) for one in (ours, naive, trl)}, "against": against}
+    sides = {one.name: step._side(one, workload) for one in (ours, naive, trl)}
+    report = {"sides": sides, "against": against, "loader_images_per_s": 99.0}
     found = report["sides"][step.OURS]
     assert found["step_s"]["median"] == 2.5 and found["pairs_per_s"] == {"median": 3.2, "least": pytest.approx(8 / 6), "most": 8.0}
     assert found["share_of_matrix_rate"] == pytest.approx(0.4) and found["input_wait_share"] == pytest.approx(0.004)

@@ -44,7 +44,11 @@ def in_one_piece(config, query, key, value, mask):
 
 
 @pytest.mark.parametrize(
-    ("window", "bidirectional", "softcap"), [(None, "none", None), (50, "none", 3.0), (None, "image", None), (None, "prefix", None)]
+    ("window", "bidirectional", "softcap"),
+    [
+        (50, "none", 3.0), (None, "image", None),
+        pytest.param(None, "none", None, marks=pytest.mark.nightly), pytest.param(None, "prefix", None, marks=pytest.mark.nightly),
+    ],  # fmt: skip
 )
 def test_blocks_give_what_one_piece_gives(window, bidirectional, softcap):
     c = config(attention_softcap=softcap)

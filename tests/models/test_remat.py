@@ -7,6 +7,7 @@ import pytest
 from helpers.checkpoints import tiny_llava
 from helpers.tiny import MIXED, Tiny, batch_of, quick_jit
 
+from mmalign_jax.config import from_mapping
 from mmalign_jax.models import remat
 from mmalign_jax.models.layers import Linear
 

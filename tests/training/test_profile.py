@@ -7,21 +7,33 @@ from mmalign_jax.training.profile import Profile
 
 
 def trained(directory, steps, asked):
-    profile, double, told = Profile(directory, asked), jax.jit(lambda x: x * 2), []
+    profile, told, row = Profile(directory, asked), [], jnp.ones(8)
+
+    @jax.jit
+    def traced_step(x):
+        return x * 2
+
     try:
         for _ in range(steps):
             profile.before_step()
-            told.append(profile.after_step(double(jnp.ones(8))))
+            told.append(profile.after_step(traced_step(row)))
     finally:
         profile.close()
     return told
 
 
-def test_it_begins_behind_compilation_and_is_told_once(tmp_path):
-    assert trained(tmp_path / "a", 7, asked=2) == [False, False, False, True, False, False, False]
-    (trace,) = (tmp_path / "a").rglob("*.xplane.pb")
+def steps_in(directory) -> int:
+    """Events of calls of the step; the profiler may have several of each."""
+    (trace,) = directory.rglob("*.xplane.pb")
     planes = jax.profiler.ProfileData.from_file(str(trace)).planes
-    assert sum("PjitFunction" in event.name for plane in planes for line in plane.lines for event in line.events) == 2
+    return sum(event.name == "PjitFunction(traced_step)" for plane in planes for line in plane.lines for event in line.events)
+
+
+def test_it_begins_behind_compilation_and_is_told_once(tmp_path):
+    assert trained(tmp_path / "1", 7, asked=1) == [False, False, True, False, False, False, False]
+    assert trained(tmp_path / "3", 7, asked=3) == [False, False, False, False, True, False, False]
+    one, three = (steps_in(tmp_path / name) for name in ("1", "3"))
+    assert three == 3 * one > 0
 
 
 def test_a_run_that_ends_in_it_still_writes_it(tmp_path):
