@@ -9,7 +9,7 @@ from jaxtyping import Array
 from mmalign_jax import mesh
 from mmalign_jax.losses import BranchStats, Need
 from mmalign_jax.training.loss import LossFunction, Moment
-from mmalign_jax.types import BY_SLOT, PairBatch
+from mmalign_jax.types import BY_SLOT, FIRST_ANSWER, PairBatch
 
 _ALIKE = {Need.REFERENCE, Need.TOKENS, Need.MARGIN}  # what of a row's statistics can be put together from those of its answers
 
@@ -39,7 +39,7 @@ def apart(batch: PairBatch) -> PairBatch:
         if value is not None and field.name not in ("prefix_slots", "answer_slots"):
             changed[field.name] = of_slots(value) if field.name in BY_SLOT else jax.tree.map(of_rows, value)
     # every answer is its row's first
-    changed["role"] = np.minimum(changed["role"], 2)
+    changed["role"] = np.minimum(changed["role"], FIRST_ANSWER)
     return dataclasses.replace(batch, **changed)
 
 

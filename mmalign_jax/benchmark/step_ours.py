@@ -84,6 +84,7 @@ def runner(workload: PairWorkload, naive: bool) -> tuple[dict, Callable[[dict], 
         return apart(rows) if naive else rows
 
     def answer(request: dict) -> dict:
+        """Measures the loader alone, or steps."""
         nonlocal state
         if "batches" in request:
             started = time.perf_counter()

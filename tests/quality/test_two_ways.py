@@ -53,7 +53,8 @@ def test_a_shared_frozen_tower_equals_one_that_is_computed_for_each(tiny, refere
     assert values[0].keys() == values[1].keys()
     for key in values[0]:
         # two programs: differences of log-prob sums of about 60 are rounded differently
-        np.testing.assert_allclose(values[0][key], values[1][key], rtol=1e-4, atol=1e-4, err_msg=key)
+        atol = 1e-4 if key == "loss/image" else 2e-5
+        np.testing.assert_allclose(values[0][key], values[1][key], rtol=1e-4, atol=atol, err_msg=key)
 
 
 @pytest.fixture(scope="module")
