@@ -124,9 +124,10 @@ def _predicting(hidden: Float[Array, "B T D"], role: Int[Array, "B T"], prefix_s
     rows, _, width = hidden.shape
     last = jnp.max(jnp.where(role == PREFIX, jnp.arange(role.shape[1]), 0), axis=1)
     last_prefix = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
-    branches = hidden[:, prefix_slots:].reshape(rows, answers, -1, width)
+    # the shardings are named, because a reshape of a single row forgets that it is split by the batch axes
+    branches = mesh.reshape(hidden[:, prefix_slots:], (rows, answers, -1, width), "batch", None, None, None)
     first = jnp.broadcast_to(last_prefix[:, None], (rows, answers, 1, width))
-    return jnp.concatenate([first, branches[:, :, :-1]], axis=2).reshape(rows, -1, width)
+    return mesh.reshape(jnp.concatenate([first, branches[:, :, :-1]], axis=2), (rows, -1, width), "batch", None, None)
 
 
 def _gathered(head: Float[Array, "D V"]) -> Float[Array, "D V"]:
@@ -151,7 +152,7 @@ def _chunked(
 
     def split(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, chunks * size - slots)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(rows, chunks, size, *x.shape[2:]), 1, 0)
+        return jnp.moveaxis(mesh.reshape(x, (rows, chunks, size, *x.shape[2:]), "batch", *(None,) * x.ndim), 1, 0)
 
     def body(_: None, some: tuple[tuple[Array, ...], Array]) -> tuple[None, dict[str, Array]]:
         return None, _of_chunk(*some, heads, softcap, wanted)
@@ -159,7 +160,7 @@ def _chunked(
     # one chunk's logits exist in the backward pass anyway; prevent_cse only matters outside of a scan
     body = body if chunks == 1 else jax.checkpoint(body, prevent_cse=False)
     _, found = jax.lax.scan(body, None, (jax.tree.map(split, hidden), split(labels)))
-    return {name: jnp.moveaxis(value, 0, 1).reshape(rows, chunks * size)[:, :slots] for name, value in found.items()}
+    return {name: mesh.reshape(jnp.moveaxis(value, 0, 1), (rows, chunks * size), "batch", None)[:, :slots] for name, value in found.items()}
 
 
 def _of_chunk(

@@ -7,7 +7,7 @@ sentences make the rejected answer. It is accepted when it is less similar to th
 iteration with a new mask and new splits. The last of `n_iter` iterations has no reference guidance and is taken as it is.
 
 The context of a sentence is the clean reference, so one masked prefill of `[images and prompt | reference]` serves all sentences of a
-record: each is a decode lane behind its split (`sampling.decode_lanes`). Hidden image tokens are hidden from that prefill on, in every
+record: each is a decode lane behind its split (`sampling.turns`). Hidden image tokens are hidden from that prefill on, in every
 layer, and keep their positions.
 
 What the paper leaves open, and what is done here: the split is drawn uniformly from the starts of the sentence's words; a swapped yes
@@ -19,6 +19,7 @@ draw, iteration, sentence) alone.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
@@ -33,7 +34,8 @@ from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.apart import layers_apart
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.pairs import views
-from mmalign_jax.pairs.masked_decode import FeaturePool, Job, MaskedDecoder
+from mmalign_jax.pairs.feature_pool import FeaturePool
+from mmalign_jax.pairs.masked_decode import Decoding, Job, MaskedDecoder, Written
 from mmalign_jax.pairs.schedule import Schedule, Work
 from mmalign_jax.pairs.sentences import CLOSING
 from mmalign_jax.pairs.similarity import measure_of
@@ -137,12 +139,13 @@ class BdhsSampler:
         whole = DecodeOptions(config.max_answer_tokens, stop_ids=processor.eos_ids, **shared)
         context = dataclasses.replace(layout, answer_slots=layout.answer_slots + _SWAP_SLOTS, shorten_answers=False)
         prompt = dataclasses.replace(layout, answers=0)
-        self._rows = mesh_lib.batch_rows(mesh, config.batch_size)
-        self._unguided_rows = mesh_lib.batch_rows(mesh, -(-config.batch_size // 4)) if config.guided else self._rows
-        self._guided = MaskedDecoder(model, processor, mesh, context, lanes, sentence, config, self._rows)
-        self._unguided = MaskedDecoder(model, processor, mesh, prompt, 1, whole, config, self._unguided_rows)
+        self._rows, few = mesh_lib.batch_rows(mesh, config.batch_size), mesh_lib.batch_rows(mesh, -(-config.batch_size // 4))
+        self._few, self._places = few, self._rows + 4 * few
+        shared = (model, processor, mesh)
+        self._unguided = MaskedDecoder(*shared, prompt, 1, whole, config, few if config.guided else self._rows, few)
+        self._main = MaskedDecoder(*shared, context, lanes, sentence, config, self._rows, few) if config.guided else self._unguided
         noise = views.parse(f"diffusion({config.noise_steps},pixel)") if config.noise_steps else None
-        self._new_pool = functools.partial(FeaturePool, model, processor, mesh, layout, self._rows + self._unguided_rows, noise)
+        self._new_pool = functools.partial(FeaturePool, model, processor, mesh, layout, self._places, few, noise)
 
     def __call__(self, params: dict, records: Iterable[PreferenceRecord], draw: int = 0) -> Iterator[Outcome]:
         """One outcome a record, in order. A few batches of records are held at a time, and an outcome depends on its record alone.
@@ -157,21 +160,33 @@ class BdhsSampler:
           UserError: a record without a reference answer, one with more sentences than there are lanes, or one that does not fit.
         """
         params = layers_apart(params)
-        pool, schedule = self._new_pool(), Schedule(self._works(records, draw), self._rows, self._unguided_rows)
+        config, pool = self._config, self._new_pool()
+        schedule = Schedule(self._works(records, draw), self._rows, self._few, self._few, self._places)
+        main, unguided = (Decoding(decoder, params, config.seed) for decoder in (self._main, self._unguided))
         outcomes: dict[int, Outcome] = {}
+        parts: dict[int, list[dict[int, Written]]] = {}  # what was written for a record's attempt so far, by place
         again: list[Work] = []
         given = 0
         while schedule.going:
+            admitted = schedule.admit(main.room - sum(len(work.contexts) for work in again))
             # noise is drawn anew for every attempt
-            unseen = schedule.admit() + (again if self._config.noise_steps else [])
+            unseen = admitted + (again if config.noise_steps else [])
             entries = {work.place: (work.record, work.prompt, self._number(draw, work.iteration)) for work in unseen}
-            pool.put(params, entries, self._config.seed)
-            attempts = self._attempt_guided(params, pool, schedule.guided(), draw)
-            attempts += self._attempt_unguided(params, pool, schedule.unguided(), draw)
-            again = []
+            pool.put(params, entries, config.seed)
+            main.add([job for work in again + admitted if work.contexts for job in self._jobs(work, draw)])
+            done = main.advance(pool.features, schedule.more)
+            unguided.add([job for work in schedule.waiting() for job in self._jobs(work, draw)])
+            while unguided.busy or unguided.queued:
+                done += unguided.advance(pool.features, more=False)
+            attempts, again = [], []
+            for job, lanes in done:
+                work = schedule.at(job.place)
+                parts.setdefault(job.place, []).append(lanes)
+                if len(parts[job.place]) == max(len(work.contexts), 1):
+                    attempts.append(self._attempt(work, functools.reduce(operator.or_, parts.pop(job.place))))
             for attempt, outcome in zip(attempts, self._judge(attempts, draw), strict=True):
                 work = attempt.work
-                if outcome.accepted or work.iteration == self._config.n_iter:
+                if outcome.accepted or work.iteration == config.n_iter:
                     outcomes[work.order] = outcome
                     schedule.done(work)
                 else:
@@ -193,9 +208,12 @@ class BdhsSampler:
             yield work
 
     def _plan(self, work: Work, draw: int) -> None:
-        """Splits every sentence for the work's iteration. An unguided attempt, as the last of several is, has no contexts."""
-        config, work.plan, work.contexts = self._config, (), ()
-        if work.iteration == config.n_iter > 1 or not config.guided:
+        """Splits every sentence for the work's iteration. Unguided attempts start from the prompt; after guided ones they wait for each other."""
+        config, work.plan, work.contexts = self._config, None, ()
+        if not config.guided:
+            work.contexts = [""]
+            return
+        if work.iteration == config.n_iter > 1:
             return
         randoms = (_generator(config.seed, work.record, draw, work.iteration, number) for number in range(len(work.reference.spans)))
         options = {"swap_probability": config.yes_no_swap, "processor": self._processor, "unit": config.split_unit}
@@ -203,32 +221,25 @@ class BdhsSampler:
         # a swapped yes or no needs a row with that context; a reference of which nothing is left to write still is a row
         work.contexts = list(dict.fromkeys(split.context for split in work.plan if split.tokens is not None)) or [work.reference.text]
 
-    def _attempt_guided(self, params: dict, pool: FeaturePool, works: list[Work], draw: int) -> list[_Attempt]:
-        """Completes every sentence from its split."""
-        jobs, owners = [], []
-        for owner, work in enumerate(works):
-            for context in work.contexts:
-                written = (split for split in work.plan if split.context == context and split.tokens is not None)
-                lanes = {split.sentence: len(split.tokens) for split in written}
-                row = dataclasses.replace(work.prompt, answers=(self._processor.answer_ids(context),))
-                jobs.append(Job(work.record, row, work.place, self._number(draw, work.iteration), lanes))
-                owners.append(owner)
-        lanes_of: list[dict] = [{} for _ in works]
-        for owner, lanes in zip(owners, self._guided(params, pool.features, jobs, self._config.seed), strict=True):
-            lanes_of[owner] |= lanes
-        attempts = []
-        for work, lanes in zip(works, lanes_of, strict=True):
-            texts = [split.join(self._text_behind(lanes[split.sentence].tokens) if split.sentence in lanes else "") for split in work.plan]
-            unfinished = sum(not lane.stopped for lane in lanes.values())
-            attempts.append(_Attempt(work, "".join(texts), unfinished, tuple(texts)))
-        return attempts
+    def _jobs(self, work: Work, draw: int) -> list[Job]:
+        """The rows of the work's next attempt: every sentence from its split, or an answer to the prompt from its beginning."""
+        number, jobs = self._number(draw, work.iteration), []
+        if work.plan is None:
+            return [Job(work.record, work.prompt, work.place, number, {0: 0})]
+        for context in work.contexts:
+            written = (split for split in work.plan if split.context == context and split.tokens is not None)
+            lanes = {split.sentence: len(split.tokens) for split in written}
+            row = dataclasses.replace(work.prompt, answers=(self._processor.answer_ids(context),))
+            jobs.append(Job(work.record, row, work.place, number, lanes))
+        return jobs
 
-    def _attempt_unguided(self, params: dict, pool: FeaturePool, works: list[Work], draw: int) -> list[_Attempt]:
-        """Answers the prompt from its beginning."""
-        jobs = [Job(work.record, work.prompt, work.place, self._number(draw, work.iteration), {0: 0}) for work in works]
-        written = [lanes[0] for lanes in self._unguided(params, pool.features, jobs, self._config.seed)]
-        texts = [self._processor.decode(lane.tokens) for lane in written]
-        return [_Attempt(work, text, int(not lane.stopped)) for work, text, lane in zip(works, texts, written, strict=True)]
+    def _attempt(self, work: Work, lanes: dict[int, Written]) -> _Attempt:
+        """What the lanes of all its rows make together."""
+        unfinished = sum(not lane.stopped for lane in lanes.values())
+        if work.plan is None:
+            return _Attempt(work, self._processor.decode(lanes[0].tokens), unfinished)
+        texts = [split.join(self._text_behind(lanes[split.sentence].tokens) if split.sentence in lanes else "") for split in work.plan]
+        return _Attempt(work, "".join(texts), unfinished, tuple(texts))
 
     def _judge(self, attempts: Sequence[_Attempt], draw: int) -> list[Outcome]:
         """An outcome each, were it to end here. All are measured together, for the encoder's sake."""
@@ -250,7 +261,7 @@ class BdhsSampler:
                 rejected=rejected,
                 sentences=attempt.sentences,
                 splits=None if attempt.sentences is None else tuple(len(split.kept) for split in work.plan),
-                swapped=tuple(split.sentence for split in work.plan if split.swapped),
+                swapped=tuple(split.sentence for split in work.plan or () if split.swapped),
                 draw=draw,
                 iteration=work.iteration,
                 similarity=similarity,

@@ -1,7 +1,7 @@
 """Answers that are written while most image tokens are hidden: the device part of BDHS.
 
-Images are encoded once a record (`FeaturePool`; under noise once an attempt), whatever number of contexts it takes. The decoder does not
-compute hidden image tokens: a row's prefix shrinks to what is visible of it.
+The decoder does not compute hidden image tokens: a row's prefix shrinks to what is visible of it. Rows are prefilled a few at a time and take
+the places of rows that are done (`sampling.turns`), so that decode steps are full for as long as rows wait.
 """
 
 import dataclasses
@@ -14,33 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Int32, UInt, UInt8
+from jaxtyping import Array, Bool, Float, Int, Int32
 
-from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import PairsConfig
 from mmalign_jax.data.buckets import ladder
 from mmalign_jax.data.device import to_device
-from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out_pictures, lay_out_tokens, stack_rows
+from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out_tokens, stack_rows
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.models.mllm import Mllm
-from mmalign_jax.pairs.seen import encode_seen
-from mmalign_jax.pairs.views import View
-from mmalign_jax.sampling import (
-    DecodeOptions,
-    LaneStart,
-    LaneTokens,
-    compiler_options,
-    decode_in_turn,
-    kept_slots,
-    lane_keys,
-    without_hidden,
-)  # fmt: skip
-from mmalign_jax.types import PREFIX, PairBatch, Patches, PreferenceRecord, record_key
+from mmalign_jax.pairs.feature_pool import rows_of
+from mmalign_jax.sampling import DecodeOptions, LaneStart, compiler_options, kept_slots, lane_keys, turns, without_hidden
+from mmalign_jax.types import PREFIX, PairBatch, PreferenceRecord
 
 _NO_PICTURES = np.zeros((0, 1, 1, 3), np.uint8)  # the features are at hand
+_FEWEST = 4  # rows of a decode step; fewer take no less time
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Job:
     """A row to prefill, and its lanes: lane number -> tokens of the row's answer in front of which it starts.
 
@@ -65,119 +55,173 @@ class Written:
     stopped: bool
 
 
-class FeaturePool:
-    """Image features of the records that are being worked on, on the device; each stays in its place until another takes it.
-
-    Args:
-      layout: of the pictures.
-      places: how many records, a multiple of what the mesh splits.
-      view: what is done to the pictures first, if anything.
-    """
-
-    def __init__(self, model: Mllm, processor: Processor, mesh: Mesh, layout: RowLayout, places: int, view: View | None):
-        self._model, self._processor, self._mesh, self._layout, self._places = model, processor, mesh, layout, places
-        self._view = view
-        self._step = mesh_lib.batch_rows(mesh, -(-places // 4))  # few at a time: mostly it is some that change
-        self._features: Array | None = None
-
-    @property
-    def features(self) -> Float[Array, "N F U"]:
-        if self._features is None:
-            raise ValueError("nothing is encoded yet")
-        return self._features
-
-    def put(self, params: dict, entries: Mapping[int, tuple[PreferenceRecord, RowTokens, int]], seed: int) -> None:
-        """Encodes the pictures of records and puts them in the places that are named, over what was there.
-
-        Args:
-          entries: place -> record, its tokens, and the number of the attempt, which with seed and id decides what a view draws.
-
-        Raises:
-          DataError: a picture cannot be read.
-        """
-        places = sorted(entries)
-        for start in range(0, len(places), self._step):
-            chosen = places[start : start + self._step]
-            rows = []
-            for record, row, number in (entries[place] for place in chosen):
-                drawn = {"record_key": np.uint32(record_key(record.id)), "number": np.int32(number)}
-                rows.append(lay_out_pictures(record, self._processor, self._layout, row) | drawn)
-            rows += [rows[-1]] * (self._step - len(rows))
-            source = np.full(self._places, -1, np.int32)
-            source[chosen] = np.arange(len(chosen))
-            with jax.set_mesh(self._mesh):
-                pictures: dict[str, Any] = to_device(jax.tree.map(lambda *leaves: np.stack(leaves), *rows), self._mesh, batch_axis=0)
-                drawn = pictures["record_key"], pictures["number"], jax.random.key(seed)
-                new = _encode(self._model, self._view, params, pictures["images"], pictures.get("patches"), *drawn)
-                if self._features is None:
-                    shape = (self._places, *new.shape[1:])
-                    self._features = jnp.zeros(shape, new.dtype, device=mesh_lib.sharding(self._mesh, "batch", None, None))
-                self._features = _replace(self._features, new, to_device(source, self._mesh, batch_axis=0))
-
-
+@dataclasses.dataclass(frozen=True)
 class MaskedDecoder:
-    """Runs jobs, a device batch at a time. Batches have few shapes: their prefixes shrink to a few lengths (`buckets.ladder`).
+    """How jobs are run.
 
     Args:
       layout: of rows with one answer (the context), or with none when all lanes start behind the prompt.
       lanes: S, lane numbers are below it.
       config: of it `rho_th` and `mask_scope`.
-      rows: of a device batch, a multiple of what the mesh splits.
+      rows: that are decoded together, a multiple of what the mesh splits.
+      at_once: rows that are prefilled together, likewise; at most `rows`.
     """
 
-    def __init__(
-        self,
-        model: Mllm,
-        processor: Processor,
-        mesh: Mesh,
-        layout: RowLayout,
-        lanes: int,
-        options: DecodeOptions,
-        config: PairsConfig,
-        rows: int,
-    ):
-        self._model, self._processor, self._mesh, self._layout, self._lanes = model, processor, mesh, layout, lanes
-        self._options, self._rows = options, rows
-        self._rho_th, self._whole = np.float32(config.rho_th), config.mask_scope == "text"
+    model: Mllm
+    processor: Processor
+    mesh: Mesh
+    layout: RowLayout
+    lanes: int
+    options: DecodeOptions
+    config: PairsConfig
+    rows: int
+    at_once: int
 
-    def __call__(self, params: dict, features: Float[Array, "N F U"], jobs: Sequence[Job], seed: int) -> list[dict[int, Written]]:
-        """What every job's lanes wrote, by lane number.
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many rows a decode step may have. Rows that several devices hold stay where they are."""
+        out = [self.rows]
+        while self.mesh.size == 1 and out[-1] // 2 >= max(_FEWEST, self.at_once):
+            out.append(out[-1] // 2)
+        return tuple(out)
+
+
+class Decoding:
+    """Jobs of one policy on their way, in the order in which they were added.
+
+    Args:
+      params: the policy's whole tree.
+      seed: of all draws.
+    """
+
+    def __init__(self, decoder: MaskedDecoder, params: dict, seed: int):
+        self._decoder, self._params = decoder, params
+        self._mask_key, self._sample_key = jax.random.split(jax.random.key(seed))
+        self._queue: list[Job] = []
+        self._turns: turns.Turns | None = None
+        self._jobs: list[Job | None] = [None] * decoder.rows
+
+    @property
+    def busy(self) -> int:
+        """Rows at work."""
+        return sum(job is not None for job in self._jobs)
+
+    @property
+    def queued(self) -> int:
+        """Jobs that wait."""
+        return len(self._queue)
+
+    @property
+    def room(self) -> int:
+        """How many more jobs could start now."""
+        return max(self._decoder.rows - self.busy - self.queued, 0)
+
+    def add(self, jobs: Sequence[Job]) -> None:
+        """Jobs that start when there is room for them."""
+        self._queue += jobs
+
+    def advance(self, features: Float[Array, "N F U"], more: bool) -> list[tuple[Job, dict[int, Written]]]:
+        """Works until some jobs are done, and returns what their lanes wrote, by lane number.
+
+        Args:
+          features: of the records, by `Job.place`.
+          more: whether others will be added when some are done. Otherwise decode steps get smaller as jobs come to their end.
 
         Raises:
           DataError: a job's row does not fit into the layout.
         """
+        if not self.busy:
+            self._turns, self._jobs = None, [None] * self._decoder.rows
+        while self._queue and (free := self._jobs.count(None)) >= min(len(self._queue), self._decoder.at_once):
+            count = min(len(self._queue), self._decoder.at_once, free)
+            self._start(features, self._queue[:count])
+            del self._queue[:count]
+        if not self.busy:
+            return []
+        decoder, smallest = self._decoder, len(self._jobs) == self._decoder.sizes[-1]
+        if more:
+            most = decoder.rows - decoder.at_once
+        else:
+            self._leave_out()
+            most = 0 if smallest else len(self._jobs) // 2
+        with jax.set_mesh(decoder.mesh):
+            advance = _compiled(decoder.mesh).advance
+            # at least one comes to its end
+            self._turns = advance(decoder.model, self._params, decoder.options, self._turns, np.int32(min(most, self.busy - 1)))
+            lane, written = jax.device_get((self._turns.lane, self._turns.written))
         out = []
-        for start in range(0, len(jobs), self._rows):
-            out += self._run(params, features, jobs[start : start + self._rows], seed)
+        for place, job in enumerate(self._jobs):
+            if job is not None and lane[place] == decoder.lanes:
+                self._jobs[place] = None
+                tokens = {one: written.tokens[place, one, : written.lengths[place, one]] for one in job.lanes}
+                out.append((job, {one: Written(ids, bool(written.stopped[place, one])) for one, ids in tokens.items()}))
         return out
 
-    def _run(self, params: dict, features: Array, jobs: Sequence[Job], seed: int) -> list[dict[int, Written]]:
-        rows = [lay_out_tokens(job.record, None, self._processor, self._layout, job.row) | {"images": _NO_PICTURES} for job in jobs]
-        slot, active = np.zeros((self._rows, self._lanes), np.int32), np.zeros((self._rows, self._lanes), bool)
-        place, number = np.zeros(self._rows, np.int32), np.zeros(self._rows, np.int32)
+    def _start(self, features: Array, jobs: Sequence[Job]) -> None:
+        """Prefills jobs and gives them places."""
+        decoder = self._decoder
+        with jax.set_mesh(decoder.mesh):
+            new = self._begun(features, jobs)
+            if self._turns is None:
+                self._turns = _compiled(decoder.mesh).blank(new, decoder.rows)
+            self._turns = turns.wider(self._turns, new.slots)
+            source = np.full(len(self._jobs), -1, np.int32)
+            free = [place for place, job in enumerate(self._jobs) if job is None]
+            for number, (place, job) in enumerate(zip(free, jobs, strict=False)):
+                source[place], self._jobs[place] = number, job
+            self._turns = _compiled(decoder.mesh).put(self._turns, new, to_device(source, decoder.mesh, batch_axis=0))
+
+    def _begun(self, features: Array, jobs: Sequence[Job]) -> turns.Turns:
+        decoder = self._decoder
+        layout, config = decoder.layout, decoder.config
+        rows = [lay_out_tokens(job.record, None, decoder.processor, layout, job.row) | {"images": _NO_PICTURES} for job in jobs]
+        slot, active = np.zeros((decoder.at_once, decoder.lanes), np.int32), np.zeros((decoder.at_once, decoder.lanes), bool)
+        place, number = np.zeros(decoder.at_once, np.int32), np.zeros(decoder.at_once, np.int32)
         for index, (job, row) in enumerate(zip(jobs, rows, strict=True)):
             place[index], number[index] = job.place, job.number
             prefix = int(np.sum(row["role"] == PREFIX))
             for lane, kept in job.lanes.items():
-                slot[index, lane] = self._layout.prefix_slots + kept - 1 if kept else prefix - 1
+                slot[index, lane] = layout.prefix_slots + kept - 1 if kept else prefix - 1
                 active[index, lane] = True
-        rows += [rows[-1]] * (self._rows - len(rows))  # they fill the batch and have no active lane
-        batch = stack_rows(rows, self._layout)
-        with jax.set_mesh(self._mesh):
-            on_device = to_device((batch, LaneStart(slot, active), place, number), self._mesh, batch_axis=0)
-            batch, start, place, number = on_device
-            mask_key, sample_key = jax.random.split(jax.random.key(seed))
-            visible, most = _visible(batch, start, mask_key, number, self._rho_th)
-            # what image tokens still see of each other has to be computed
-            needed = max(int(most), usual_slots(rows, float(self._rho_th)))
-            slots = None if self._whole else next(length for length in ladder(self._layout.prefix_slots) if length >= needed)
-            complete = functools.partial(_completing(self._mesh), self._model, self._options, slots)
-            samples = jax.device_get(complete(params, features, place, batch, visible, start, number, sample_key))
+        rows += [rows[-1]] * (decoder.at_once - len(rows))  # they fill the batch and have no active lane
+        batch = stack_rows(rows, layout)
+        batch, start, place, number = to_device((batch, LaneStart(slot, active), place, number), decoder.mesh, batch_axis=0)
+        visible, most = _visible(batch, start, self._mask_key, number, np.float32(config.rho_th))
+        # what image tokens still see of each other has to be computed
+        needed = max(int(most), usual_slots(rows, config.rho_th))
+        whole = config.mask_scope == "text"
+        slots = None if whole else next(length for length in ladder(layout.prefix_slots) if length >= needed)
+        begin = functools.partial(_compiled(decoder.mesh).begin, decoder.model, decoder.options, slots)
+        return begin(self._params, features, place, batch, visible, start, number, self._sample_key)
 
-        def written(row: int, lane: int) -> Written:
-            return Written(samples.tokens[row, lane, : samples.lengths[row, lane]], bool(samples.stopped[row, lane]))
+    def _leave_out(self) -> None:
+        """Makes decode steps as small as the rows at work let them be."""
+        size = min(size for size in self._decoder.sizes if size >= self.busy)
+        if size < len(self._jobs):
+            order = sorted(range(len(self._jobs)), key=lambda place: self._jobs[place] is None)[:size]
+            self._jobs = [self._jobs[place] for place in order]
+            with jax.set_mesh(self._decoder.mesh):
+                self._turns = _compiled(self._decoder.mesh).pick(self._turns, np.array(order, np.int32))
 
-        return [{lane: written(index, lane) for lane in job.lanes} for index, job in enumerate(jobs)]
+
+@dataclasses.dataclass(frozen=True)
+class _Compiled:
+    begin: Callable[..., turns.Turns]
+    advance: Callable[..., turns.Turns]
+    blank: Callable[..., turns.Turns]
+    put: Callable[..., turns.Turns]
+    pick: Callable[..., turns.Turns]
+
+
+@functools.cache
+def _compiled(mesh: Mesh) -> _Compiled:
+    return _Compiled(
+        begin=jax.jit(_begin, static_argnums=(0, 1, 2), compiler_options=compiler_options(mesh)),
+        advance=jax.jit(turns.advance, static_argnums=(0, 2), donate_argnums=3, compiler_options=compiler_options(mesh)),
+        blank=jax.jit(lambda new, rows: turns.idle(turns.pick(new, jnp.arange(rows) % new.lane.shape[0])), static_argnums=1),
+        put=jax.jit(turns.put, donate_argnums=0),
+        pick=jax.jit(turns.pick),
+    )
 
 
 def usual_slots(rows: Sequence[Mapping[str, Any]], rho_th: float) -> int:
@@ -192,30 +236,6 @@ def usual_slots(rows: Sequence[Mapping[str, Any]], rho_th: float) -> int:
         deviation = math.sqrt(images * rho_th * (1 - rho_th))
         most = max(most, prefix - images + min(images, math.ceil(images * (1 - rho_th) + 4 * deviation)))
     return most
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode(
-    model: Mllm,
-    view: View | None,
-    params: dict,
-    images: UInt8[Array, "E M Y W 3"],
-    patches: Patches | None,
-    record_key: UInt[Array, " E"],
-    number: Int[Array, " E"],
-    key: Array,
-) -> Float[Array, "E F U"]:
-    return encode_seen(model, view, params, images, patches, lane_keys(key, record_key, number, 1)[:, 0])
-
-
-@functools.partial(jax.jit, donate_argnames="pool")
-def _replace(pool: Float[Array, "N F U"], new: Float[Array, "E F U"], source: Int[Array, " N"]) -> Float[Array, "N F U"]:
-    """The pool with `new[source]` where `source` is not negative."""
-    return jnp.where((source >= 0)[:, None, None], _rows_of(new, jnp.maximum(source, 0)), pool)
-
-
-def _rows_of(values: Float[Array, "N F U"], index: Int[Array, " B"]) -> Float[Array, "B F U"]:
-    return values.at[index].get(out_sharding=mesh_lib.out_sharding("batch", None, None))
 
 
 @jax.jit
@@ -236,12 +256,7 @@ def _visible(
     return visible, jnp.max(jnp.where(jnp.any(start.active, axis=1), needed, 0))
 
 
-@functools.cache
-def _completing(mesh: Mesh) -> Callable[..., LaneTokens]:
-    return jax.jit(_complete, static_argnums=(0, 1, 2), compiler_options=compiler_options(mesh))
-
-
-def _complete(
+def _begin(
     model: Mllm,
     options: DecodeOptions,
     prefix_slots: int | None,
@@ -253,8 +268,8 @@ def _complete(
     start: LaneStart,
     number: Int[Array, " B"],
     key: Array,
-) -> LaneTokens:
-    """Prefill and decode of one device batch.
+) -> turns.Turns:
+    """Prefill of a few rows, and the first tokens of their lanes.
 
     Args:
       prefix_slots: to which prefixes shrink; None: image tokens see all of each other, and text what is visible of them.
@@ -262,6 +277,6 @@ def _complete(
     if prefix_slots is not None:
         batch, visible, now_at = without_hidden(batch, visible, prefix_slots)
         start = LaneStart(jax.vmap(lambda values, slot: values[slot])(now_at, start.slot), start.active)
-    prefill = model.prefill(params, _rows_of(pool, place), batch, visible, images_see_all=prefix_slots is None)
+    prefill = model.prefill(params, rows_of(pool, place), batch, visible, images_see_all=prefix_slots is None)
     keys = lane_keys(key, batch.record_key, number, start.slot.shape[1])
-    return decode_in_turn(model, params, prefill, batch, start, keys, options, visible)
+    return turns.begin(model, params, prefill, batch, start, keys, options, visible)

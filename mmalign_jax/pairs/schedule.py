@@ -1,4 +1,4 @@
-"""Which records BDHS works on at a time: device batches as full as can be, and few records held."""
+"""Which records BDHS works on at a time: decode steps as full as can be, and few records held."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ class Work:
       order: its number among the records.
       prompt: its tokens up to the answer.
       place: of its image features in the pool.
-      contexts: what its next attempt goes on from, a row of a device batch each; none: it answers the prompt alone (unguided).
-      plan: the split of each sentence, for a guided attempt.
+      contexts: what its next attempt goes on from, a row each; "": from the prompt. None at all: the attempt waits for others like it.
+      plan: the split of each sentence, for a guided attempt; None for another.
     """
 
     order: int
@@ -28,62 +28,73 @@ class Work:
     prompt: RowTokens
     place: int = -1
     iteration: int = 1
-    plan: Sequence[Split] = ()
+    plan: Sequence[Split] | None = None
     contexts: Sequence[str] = ()
 
 
 class Schedule:
     """A record that is done makes room for the next one, whatever iterations the others are in.
 
-    Unguided attempts are long and, when others are guided, few: they wait until they fill a batch of their own, or until nothing new may
+    The last attempts of guided records are unguided, long and few: they wait until they fill a batch of their own, or until nothing new may
     start because records behind them would have to be held.
 
     Args:
       works: in order.
-      rows: of a device batch of guided attempts.
-      unguided_rows: of one of unguided attempts.
+      rows: that are decoded together.
+      unguided_rows: of a batch of attempts that wait.
+      at_once: how many records start together; their pictures are encoded together.
+      places: how many can be worked on at a time; more than `unguided_rows`.
     """
 
-    def __init__(self, works: Iterator[Work], rows: int, unguided_rows: int):
-        self._works, self._rows, self._unguided_rows = works, rows, unguided_rows
+    def __init__(self, works: Iterator[Work], rows: int, unguided_rows: int, at_once: int, places: int):
+        self._works, self._rows, self._unguided_rows, self._at_once, self._places = works, rows, unguided_rows, at_once, places
         self._upcoming = next(works, None)
-        self._active: list[Work] = []
+        self._active: dict[int, Work] = {}  # by place
 
     @property
     def going(self) -> bool:
         """Whether anything is left to do."""
-        return bool(self._active) or self._upcoming is not None
+        return bool(self._active) or self.more
 
-    def admit(self) -> list[Work]:
-        """Starts records while there is room for them; each has a place among `rows + unguided_rows`."""
-        free = sorted(set(range(self._rows + self._unguided_rows)) - {work.place for work in self._active})
-        used, admitted = sum(len(work.contexts) for work in self._active), []
-        while self._upcoming is not None and free and not self._far_behind:
-            if used and used + len(self._upcoming.contexts) > self._rows:
-                break
-            used += len(self._upcoming.contexts)
-            self._upcoming.place = free.pop(0)
-            admitted.append(self._upcoming)
-            self._active.append(self._upcoming)
-            self._upcoming = next(self._works, None)
+    @property
+    def more(self) -> bool:
+        """Whether there are records that were not begun."""
+        return self._upcoming is not None
+
+    def admit(self, room: int) -> list[Work]:
+        """Starts records, `at_once` together, until they fill `room` rows; each has a place."""
+        free = [place for place in range(self._places) if place not in self._active]
+        used, admitted = 0, []
+        while used < room:
+            for _ in range(self._at_once):
+                if not (self.more and free) or self._far_behind:
+                    return admitted
+                work, self._upcoming = self._upcoming, next(self._works, None)
+                work.place = free.pop(0)
+                self._active[work.place] = work
+                used += len(work.contexts)
+                admitted.append(work)
         return admitted
 
-    def guided(self) -> list[Work]:
-        return [work for work in self._active if work.contexts]
-
-    def unguided(self) -> list[Work]:
-        """Those whose time has come."""
-        waiting = [work for work in self._active if not work.contexts]
-        oldest_waits = bool(waiting) and waiting[0] is min(self._active, key=lambda work: work.order)
-        if len(waiting) == len(self._active) or (self._far_behind and oldest_waits):
+    def waiting(self) -> list[Work]:
+        """Those of the attempts that wait whose time has come."""
+        waiting = [work for work in self._active.values() if not work.contexts]
+        if len(waiting) == len(self._active) or (self._far_behind and not self._oldest.contexts):
             return waiting
         return waiting[: len(waiting) // self._unguided_rows * self._unguided_rows]
 
+    def at(self, place: int) -> Work:
+        """The record whose features are there."""
+        return self._active[place]
+
     def done(self, work: Work) -> None:
-        self._active.remove(work)
+        del self._active[work.place]
+
+    @property
+    def _oldest(self) -> Work:
+        return min(self._active.values(), key=lambda work: work.order)
 
     @property
     def _far_behind(self) -> bool:
         """Whether the oldest record is so far behind that what comes after it would pile up."""
-        oldest = min((work.order for work in self._active), default=None)
-        return oldest is not None and self._upcoming is not None and self._upcoming.order - oldest >= _SPREAD * self._rows
+        return bool(self._active) and self.more and self._upcoming.order - self._oldest.order >= _SPREAD * self._rows

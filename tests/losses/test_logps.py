@@ -166,3 +166,20 @@ def test_slots_must_make_up_the_row():
         losses.answer_logps(*arrays, prefix_slots=5, answer_slots=6)
     with pytest.raises(ValueError, match="chunk must be at least 1"):
         losses.answer_logps(*arrays, prefix_slots=5, answer_slots=7, chunk=0)
+
+
+@pytest.mark.parametrize("chunk", [5, 128])
+def test_a_single_row_under_a_mesh(chunk):
+    *arrays, slots = rows()
+    arrays = [array if array.ndim == 2 and array.shape == (D, V) else array[:1] for array in arrays]
+
+    def total(hidden, head, tokens, role):
+        return jnp.sum(losses.answer_logps(hidden, head, tokens, role, **slots, chunk=chunk)[0])
+
+    expected = jax.grad(total, argnums=1)(*arrays)
+    one = mesh.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(one):
+        shardings = [mesh.sharding(one, *axes) for axes in (("batch",), ("embed", "vocab"), ("batch",), ("batch",))]
+        placed = jax.device_put(arrays, shardings)
+        found = jax.jit(jax.grad(total, argnums=1))(*placed)
+    np.testing.assert_allclose(np.nan_to_num(found), np.nan_to_num(expected), rtol=1e-5, atol=1e-6)

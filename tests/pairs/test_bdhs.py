@@ -23,7 +23,8 @@ from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.pairs import bdhs
 from mmalign_jax.pairs.bdhs import BdhsSampler
 from mmalign_jax.pairs.bdhs_records import Statistics, make_pairs, to_records
-from mmalign_jax.pairs.masked_decode import FeaturePool, usual_slots
+from mmalign_jax.pairs.feature_pool import FeaturePool
+from mmalign_jax.pairs.masked_decode import usual_slots
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.pairs.similarity import ngram_cosine
 from mmalign_jax.types import PREFIX, Media, Preference, Response
