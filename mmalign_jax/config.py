@@ -90,11 +90,14 @@ class ScenesConfig:
 class PairsConfig:
     """How answers are made for records that have none, or one: by BDHS (arXiv 2407.02477, section 4 and Algorithm 1), or as `SamplesConfig` says.
 
-    `maker` and `when` concern both; the other settings BDHS.
+    `maker`, `when` and `every` concern both; the other settings BDHS.
     """
 
     maker: str = setting("none", choices=("none", "bdhs", "samples"), help="samples: answers of the policy, scored and selected")
     when: str = setting("offline", choices=("offline", "online"), help="online: from the current policy, between steps")
+    every: int = setting(
+        1, min=1, help="online: steps after which the policy that makes the pairs is taken anew; above 1 a copy of what trains is kept for it"
+    )
     rho_th: float = setting(0.99, min=0.0, max=1.0, help="probability that an image token is hidden; 0.99 for about 2,880 tokens, 0.95 for 576")
     mask_scope: str = setting("all", choices=("all", "text"), help="who does not see hidden image tokens: everyone, or all but image tokens")
     noise_steps: int = setting(0, min=0, max=999, help="BDHS_noise: steps of diffusion noise on the images, as POVID; with rho_th = 0")

@@ -20,6 +20,8 @@ def check_across(config: Config) -> None:
         )
     if config.pairs.maker != "none" and config.pairs.when == "online" and config.reference.kind == "cached":
         raise UserError("config.reference.kind: pairs that are made online cannot be cached; use live")
+    if config.pairs.every > 1 and (config.pairs.maker == "none" or config.pairs.when == "offline"):
+        raise UserError("config.pairs.every: only pairs that are made online (config.pairs.when) are made by a policy that moves; leave it 1")
     if config.pairs.maker == "bdhs" and config.data.on_long_row == "shorten_answer":
         raise UserError("config.data.on_long_row: pairs (config.pairs.maker) are made from whole references; use error or drop")
     if (config.pairs.similarity == "encoder") != bool(config.pairs.encoder):

@@ -233,4 +233,5 @@ class TrainState:
     key: Array
     objective: dict = dataclasses.field(default_factory=dict)  # what the objective carries from step to step
     reference: dict = dataclasses.field(default_factory=dict)  # where it follows the policy (TR-DPO); else {}
+    sampler: dict = dataclasses.field(default_factory=dict)  # `params` as they were when they last began to make pairs; {}: as they are
 

@@ -28,7 +28,7 @@ from mmalign_jax.report.console import Console
 from mmalign_jax.types import PreferenceRecord
 
 VERSION = 3  # raised whenever the same model, records and settings make other pairs than before
-_NO_MATTER = ("maker", "when", "batch_size", "encoder", "cache")  # settings of config.pairs on which no pair depends; the encoder's files do count
+_NO_MATTER = ("maker", "when", "every", "batch_size", "encoder", "cache")  # settings of config.pairs on which no pair depends; the encoder's files do count
 _NO_MATTER_OF_SAMPLES = ("batch_size", "offline_share", "offline_pairs", "reward_model", "clip", "critic")
 # settings of config.data that say which records give pairs
 _MATTER = ("on_long_row", "prefix_tokens", "answer_tokens", "on_bad_row", "max_image_pixels", "max_image_bytes", "max_frames")

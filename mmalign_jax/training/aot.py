@@ -132,7 +132,8 @@ def _abstract_arguments(
     key = jax.eval_shape(lambda: jax.random.key(0))
     carried = jax.tree.map(lambda leaf: placed(leaf, whole), jax.eval_shape(objective.initial_state))
     moving = jax.tree.map(lambda leaf: in_kept(leaf, "float32"), reference) if kind.follow else {}
-    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), params, frozen, moments, placed(key, whole), carried, moving)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    state = TrainState(step, params, frozen, moments, placed(key, whole), carried, moving, params if config.pairs.every > 1 else {})
     return state, reference if kind.kind in ("live", "adapter_off") else None, _abstract_batch(config, sizes, mesh, objective, kind)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: parameters, optimizer, random key and the position in the data, saved together or not at all (orbax)."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,8 @@ class Checkpoints:
             raise UserError(f"{where}: the checkpoint cannot be read ({reason}); remove it or use a new --workdir") from error
         state = restored["state"]
         key = jax.random.wrap_key_data(state["key"])
-        restored_state = TrainState(state["step"], state["params"], frozen, state["opt_state"], key, state["objective"], state["reference"])
-        return restored_state, restored["position"]
+        carried = state["objective"], state["reference"], state.get("sampler", {})
+        return TrainState(state["step"], state["params"], frozen, state["opt_state"], key, *carried), restored["position"]
 
     def close(self) -> None:
         """Waits until everything is on disk."""
@@ -111,12 +112,18 @@ def abstract_policy(sizes: MllmConfig, mesh: Mesh) -> dict:
 
 
 def abstract_state(
-    params: dict, optimizer: optax.GradientTransformation, mesh: Mesh, objective: Objective | None = None, reference: dict | None = None
+    params: dict,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    objective: Objective | None = None,
+    reference: dict | None = None,
+    sampler: dict | None = None,
 ) -> TrainState:
     """What `init_state` makes of trainable parameters, as shapes, types and shardings. Call it under the mesh.
 
     Args:
-      params: abstract; see `abstract_policy`. reference: likewise, where the reference follows the policy.
+      params: abstract; see `abstract_policy`. reference: likewise, where the reference follows the policy. sampler: likewise, where pairs are made
+        by an older policy.
     """
     state = jax.eval_shape(lambda some, theirs: init_state(some, {}, optimizer, 0, objective, theirs), params, reference)
 
@@ -125,7 +132,7 @@ def abstract_state(
         spec = P() if leaf.sharding is None else leaf.sharding.spec
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(placed, state)
+    return dataclasses.replace(jax.tree.map(placed, state), sampler=sampler or {})
 
 
 def _shapes(params: dict) -> dict[str, tuple[int, ...]]:
@@ -135,7 +142,7 @@ def _shapes(params: dict) -> dict[str, tuple[int, ...]]:
 
 def _saved(state: TrainState) -> dict[str, Any]:
     parts = {name: getattr(state, name) for name in ("step", "params", "opt_state", "objective", "reference")}
-    return {**parts, "key": _key_data(state.key)}
+    return {**parts, "key": _key_data(state.key), **({"sampler": state.sampler} if state.sampler else {})}
 
 
 def _key_data(key: jax.Array | jax.ShapeDtypeStruct) -> jax.Array | jax.ShapeDtypeStruct:

@@ -28,7 +28,7 @@ from mmalign_jax.training.profile import DIRECTORY as PROFILE
 from mmalign_jax.training.profile import Profile
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.signals import StopRequest
-from mmalign_jax.training.step import init_state, make_train_step, zero_gradients
+from mmalign_jax.training.step import init_state, make_copy, make_train_step, zero_gradients
 from mmalign_jax.training.step_zero import check_samples, in_words, largest_log_ratio
 from mmalign_jax.training.stopper import reason_to_stop
 from mmalign_jax.training.trainable import Trainable, describe
@@ -40,7 +40,8 @@ class Batches(Protocol):
     """Where steps get their rows: `data.loader.Loader`, or a maker that uses the current policy."""
 
     def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
-        """The next rows `[A, b, ...]` on the host, and metrics of their making. `params`: the policy's whole tree."""
+        """The next rows `[A, b, ...]` on the host, and metrics of their making. `params`: the whole tree of the policy, as it is or as it was up to
+        `config.pairs.every` steps ago."""
 
     def get_state(self) -> dict[str, Any]: ...
 
@@ -118,7 +119,8 @@ def train(
                 else:
                     with console.phase("Reading the checkpoint"):
                         moving = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), moving)
-                        state, position = checkpoints.restore(abstract_state(like, optimizer, mesh, objective, moving), frozen)
+                        sampler = like if config.pairs.every > 1 else {}
+                        state, position = checkpoints.restore(abstract_state(like, optimizer, mesh, objective, moving, sampler), frozen)
                     batches.set_state(position)
                     console.line(f"Going on from the checkpoint of step {int(state.step)}")
                 start = int(state.step)
@@ -166,9 +168,13 @@ class _Run:
         began, since, waited, flops, in_flight = time.monotonic(), start, 0.0, 0.0, None
         shapes: set[tuple[tuple[int, ...], ...]] = set()
         compared = False  # what the sampler computed with what training does
+        every, copy = self.config.pairs.every, make_copy()
         for number in range(start, steps):
             asked = time.monotonic()
-            batch, made = self.batches.next_batch(union(state.params, state.frozen))
+            if every > 1 and number % every == 0:
+                state = dataclasses.replace(state, sampler=copy(state.sampler, state.params))
+            batch, made = self.batches.next_batch(union(state.sampler or state.params, state.frozen))
+            made |= {"pairs/policy_age": float(number % every)} if every > 1 else {}
             waited += time.monotonic() - asked
             drawn, batch = batch, dataclasses.replace(batch, drawn_logps=None)
             shape = tuple(leaf.shape for leaf in jax.tree.leaves(batch))
@@ -181,7 +187,7 @@ class _Run:
             if number == 0 and batch.reference_logps is not None and (problem := in_words(largest_log_ratio(self.loss, state, device_batch))):
                 self.console.line(f"WARNING: {problem}")
             if not compared and drawn.drawn_logps is not None and not np.isnan(drawn.drawn_logps).all():
-                check_samples(self.loss, state, to_device(drawn, self.mesh))
+                check_samples(self.loss, dataclasses.replace(state, params=state.sampler or state.params), to_device(drawn, self.mesh))
                 compared = True
             self.profile.before_step()
             state, metrics = self.step(state, reference, device_batch)

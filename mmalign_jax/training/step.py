@@ -74,8 +74,8 @@ def make_train_step(
         epoch = state.step * (parts * rows) // rows_per_epoch if rows_per_epoch else jnp.int32(0)
         reference = state.reference if follow is not None else reference
         prepared = loss.prepared(batch)
-        if updates > 1 and Need.SAMPLED in loss.objective.needs:
-            prepared = loss.with_drawn(state.params, state.frozen, prepared)
+        if Need.SAMPLED in loss.objective.needs and (updates > 1 or state.sampler):
+            prepared = loss.with_drawn(state.sampler or state.params, state.frozen, prepared)
 
         def update(carry: tuple[dict, optax.OptState, dict], _: None) -> tuple[tuple[dict, optax.OptState, dict], Metrics]:
             params, opt_state, carried = carry
@@ -96,9 +96,15 @@ def make_train_step(
             metrics = jax.tree.map(lambda x: jnp.mean(x, axis=0), by_update) | {"zero_gradients": by_update["zero_gradients"][0]}
         metrics |= {"learning_rate": schedule(state.step), "padding_fraction": jnp.mean(batch.role == 0, dtype=jnp.float32)}
         moved = state.reference if follow is None else follow(state.reference, params, state.step + 1)
-        return TrainState(state.step + 1, params, state.frozen, opt_state, state.key, carried, moved), metrics
+        return TrainState(state.step + 1, params, state.frozen, opt_state, state.key, carried, moved, state.sampler), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def make_copy() -> Callable[[dict, dict], dict]:
+    """`(old, params) -> copy of params`, jitted. The copy takes the place of `old`, a copy made before, or {}: the step, which gives the buffers of
+    its state away, may then have `params`."""
+    return jax.jit(lambda old, params: jax.tree.map(jnp.copy, params), donate_argnums=0, keep_unused=True)
 
 
 Of = Callable[[dict, PairBatch], BranchStats]

@@ -23,7 +23,7 @@ from mmalign_jax.pairs.online_samples import GroupBatches, PairBatches
 from mmalign_jax.pairs.own_answers import OwnAnswers
 from mmalign_jax.pairs.scorers import Truth, parse
 from mmalign_jax.training.loss import LossFunction
-from mmalign_jax.training.step import init_state, make_train_step
+from mmalign_jax.training.step import init_state, make_copy, make_train_step
 from mmalign_jax.training.step_zero import check_samples
 from mmalign_jax.types import FIRST_ANSWER, PREFIX, record_key
 
@@ -197,6 +197,25 @@ def test_training_computes_what_the_sampler_did(make, params, tiny):
     assert metrics["policy/ratio"] == 1.0 and metrics["policy/clip_fraction"] == 0.0
     np.testing.assert_allclose(metrics["rewards/mean"], np.mean(batch.sampled.rewards), rtol=1e-5)
     assert metrics["grad_norm"] > 0 and abs(metrics["policy/kl"]) < 1e-6
+
+
+def test_samples_of_an_older_policy_are_compared_with_that_one(make, params, tiny):
+    """Without the sampler's own log-probs, which in bfloat16 are others: the older policy is part of the state."""
+    batch, _ = make(GroupBatches).next_batch(params)
+    trained = Trained(tiny, params, "dapo")
+    moved = jax.tree.map(lambda x: x * 1.01, trained.state.params)
+    with jax.set_mesh(MESH):
+        on_device = to_device(dataclasses.replace(batch, drawn_logps=None), MESH)
+        now = jax.jit(trained.loss.with_drawn)(moved, trained.state.frozen, on_device).sampled.logps
+        old = make_copy()({}, FROZEN_TOWER.split(params)[0])
+    trained.state = dataclasses.replace(trained.state, params=moved, sampler=old)
+    slots = (*batch.tokens.shape[:2], batch.answers, batch.answer_slots)
+    drawn = batch.drawn_logps[..., batch.prefix_slots :].reshape(slots)
+    ratio = np.nanmean(np.exp(np.asarray(now) - drawn), axis=(2, 3))  # by row
+    found = trained.step(batch)
+    np.testing.assert_allclose(found["policy/ratio"], np.mean(ratio), rtol=1e-5)
+    assert abs(found["policy/ratio"] - 1) > 1e-3
+    assert same(jax.device_get(trained.state.sampler), jax.device_get(FROZEN_TOWER.split(params)[0]))
 
 
 @pytest.mark.nightly
