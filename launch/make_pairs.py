@@ -52,7 +52,8 @@ def main(config: Config) -> int:
     console.line(f"{imported.count} records of {options.data}" + (f"; skipped {dict(imported.skipped)}" if imported.skipped else ""))
     made = make_offline(policy, builder.open_records(imported.dir), config, out, console)
     _print(made, console)
-    console.line(f"{'Made before' if made.prepared.reused else 'Written'}: {made.prepared.count} pairs in {out}")
+    what = made.rows if made.rows == "pairs" else f"records with {made.rows}"
+    console.line(f"{'Made before' if made.prepared.reused else 'Written'}: {made.prepared.count} {what} in {out}")
     return 0
 
 

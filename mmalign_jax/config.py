@@ -219,6 +219,11 @@ class ObjectiveConfig:
         return self._built.of_samples
 
     @property
+    def reads(self) -> str:
+        """Which field of a record holds its rows, of `types.FORMS`."""
+        return self._built.reads
+
+    @property
     def _built(self) -> Any:
         from mmalign_jax import losses  # arrays only; imported late so that reading a config does not load jax
 

@@ -2,6 +2,7 @@
 
 from mmalign_jax.config import PARTS, Config
 from mmalign_jax.errors import UserError
+from mmalign_jax.types import FORMS
 
 
 def check_across(config: Config) -> None:
@@ -14,6 +15,8 @@ def check_across(config: Config) -> None:
     if config.stop.patience and not config.eval.probe_every:
         raise UserError("config.eval.probe_every: config.stop.patience counts probes; set how often they are made")
     _check_samples(config)
+    if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.reads != "prefs":
+        raise UserError(f"config.pairs.when: {config.objective.name} reads {FORMS[config.objective.reads]}, which are made offline; use offline")
     if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.answers < 2 and not config.objective.of_samples:
         raise UserError(
             f"config.pairs.when: {config.objective.name} reads no rejected answers, so online pairs have no use; set config.pairs.maker to none"
@@ -79,7 +82,10 @@ def _check_samples(config: Config) -> None:
         raise UserError(f"config.samples.length_ratio: {samples.length_ratio:g} would refuse every pair; it is at least 1, or 0 for no limit")
     if online and objective.score_head and not objective.of_samples:
         raise UserError(f"config.pairs.when: {objective.name} scores answers at their ends, which not all that are drawn online have; use offline")
-    for name in ("displacement", "grad_weight") if objective.of_samples else ():
+    unread: tuple[str, ...] = ()
+    if objective.of_samples or objective.reads != "prefs":
+        unread = ("displacement",) if objective.reads == "labels" else ("displacement", "grad_weight")
+    for name in unread:
         if getattr(config.stop, name):
             raise UserError(f"config.stop.{name}: {objective.name} has no chosen and rejected answers; leave it out")
     if rounds.count == 1:

@@ -47,7 +47,7 @@ from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.monitors import Monitor
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.trainable import Trainable
-from mmalign_jax.types import PairBatch, TrainState
+from mmalign_jax.types import FORMS, PairBatch, TrainState
 
 T = TypeVar("T")
 
@@ -109,9 +109,21 @@ class _Run:
             self.console.line(f"Corrupted images: {self.loss.view}")
         if c.pairs.maker == "samples":  # mistakes in them are told before anything is measured
             check_answers(c, p.processor, of_samples=self.objective.of_samples)
+        self._check_rows()
         self.skipped: list[SkippedRow] = []
         options = {"batch_size": c.eval.batch_size, "max_new_tokens": c.eval.max_new_tokens, "data": c.data}
         self.generator = Generator(p.model, p.processor, p.mesh, **options)
+
+    def _check_rows(self) -> None:
+        """Refuses an objective that does not read what the run itself makes."""
+        c, reads = self.config, self.objective.reads
+        if c.pairs.maker == "none" or c.pairs.when == "online":
+            return
+        made = parse_selector(c.samples.selector, "config.samples.selector").makes if c.pairs.maker == "samples" else "prefs"
+        if made != reads:
+            setting = "config.samples.selector" if c.pairs.maker == "samples" else "config.pairs.maker"
+            mend = {"prefs": "choose one that makes pairs", "labels": "unpaired makes them", "groups": "group makes them"}[reads]
+            raise UserError(f"{setting}: makes {FORMS[made]}, and {self.objective.name} reads {FORMS[reads]}; {mend} (config.samples.selector)")
 
     def __call__(self) -> int:
         c = self.config
@@ -163,7 +175,8 @@ class _Run:
 
     def _pairs(self, records: builder.RecordSource, config: Config) -> builder.RecordSource:
         """Pairs for all records, made by the model that training starts from."""
-        what = {"bdhs": "rejected answers (BDHS)", "samples": "pairs of the model's own answers"}
+        rows = parse_selector(config.samples.selector).rows_in_words
+        what = {"bdhs": "rejected answers (BDHS)", "samples": f"{rows} of the model's own answers"}
         title = f"Making {what[config.pairs.maker]} for {len(records)} records"
         if config.pairs.cache:
             made = make_cached(self.policy, records, config, self.console, title)
@@ -174,7 +187,7 @@ class _Run:
         counts = made.statistics
         if jax.process_index() == 0:
             write_json(self.workdir / run_files.PAIR_COUNTS, dataclasses.asdict(counts))
-        self.console.line(counts.in_words())
+        self.console.line(made.in_words())
         if made.left_out:
             self.console.line(f"{len(made.left_out)} records left out before that, listed in the report")
         return builder.open_records(made.prepared.dir)
@@ -199,7 +212,7 @@ class _Run:
 
     def _plan(self, records: Records) -> RowPlan:
         objective = self.objective
-        options = {"mark_changes": Need.CHANGED in objective.needs, "whole_answers": objective.whole_answers}
+        options = {"mark_changes": Need.CHANGED in objective.needs, "whole_answers": objective.whole_answers, "reads": objective.reads}
         return plan_rows(records, self.policy.processor, self.config.data, answers=objective.answers, **options)
 
     def _extras(self, records: Records, plan: RowPlan, loss: LossFunction, cache: Path) -> list[Extra]:

@@ -80,7 +80,7 @@ def _facts(config: Config, workdir: Path, base: Path, step: int, trained: str) -
         step=step,
         trained=trained,
         hyperparameters=objective.hyperparameters,
-        preferences=objective.answers > 1 or Need.OTHER_IMAGE in objective.needs,
+        preferences=objective.answers > 1 or objective.reads != "prefs" or Need.OTHER_IMAGE in objective.needs,
         scores_answers=not objective.reads_logps,
         paper=next(iter(re.findall(r"arXiv (\d{4}\.\d{4,5})", losses.summary(objective.name))), ""),
         licence=model_card.licence_of(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else {},

@@ -111,10 +111,39 @@ class Preference:
 
 
 @dataclasses.dataclass(frozen=True)
+class Label:
+    """Response `answer` (an index into the record's responses) is desirable, or is not, without another one that it is compared with."""
+
+    answer: int
+    desirable: bool
+    weight: float = 1.0  # in the loss
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Responses (indices into the record's) that are ranked by their scores."""
+
+    answers: tuple[int, ...]
+    weight: float = 1.0  # in the loss
+
+
+Choice = Preference | Label | Group  # which responses of a record make a row
+FORMS = {"prefs": "pairs", "labels": "labelled answers", "groups": "groups"}  # fields of a record that hold rows, and what these are called
+
+
+def answers_of(choice: Choice) -> tuple[int, ...]:
+    """Indices of the responses of a row, in order."""
+    if isinstance(choice, Preference):
+        return choice.win, choice.lose
+    return (choice.answer,) if isinstance(choice, Label) else choice.answers
+
+
+@dataclasses.dataclass(frozen=True)
 class PreferenceRecord:
     """What is on disk, what importers write and what pair makers write (DESIGN section 5).
 
-    `prefs` is empty for rows that only have reference answers (SFT, or the input of a pair maker); the reference is then response 0.
+    `prefs` is empty for rows that only have reference answers (SFT, or the input of a pair maker); the reference is then response 0. Answers
+    that were scored and not paired are rows of `labels` or `groups`.
     `prefix`, when not empty, is text that starts every response and is conditioned on, not scored (per-sentence pairs). Responses that
     are not `complete` are cut out of a longer answer: the end-of-turn token does not follow them.
     """
@@ -127,6 +156,16 @@ class PreferenceRecord:
     prefix: str = ""
     complete: bool = True
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    labels: tuple[Label, ...] = ()
+    groups: tuple[Group, ...] = ()
+
+    @property
+    def reference(self) -> Response | None:
+        """The answer that is taken for true: the winner of the first preference, response 0 where nobody compared answers, None where there are
+        only answers that somebody scored."""
+        if self.prefs:
+            return self.responses[self.prefs[0].win]
+        return self.responses[0] if self.responses and not (self.labels or self.groups) else None
 
 
 def record_key(record_id: str) -> int:
@@ -187,6 +226,8 @@ class PairBatch:
     patches: Patches | None = None
     mrope: Int[Array, "*A B 3 T"] | None = None
     weight: Float[Array, "*A B"] | None = None  # of the pair in the loss; None: 1
+    desirable: Bool[Array, "*A B"] | None = None  # of rows with one answer that has a label
+    rewards: Float[Array, "*A B K"] | None = None  # of rows whose answers are ranked by them
     changed: Bool[Array, "*A B T"] | None = None  # answer tokens that differ from the row's other answer
     other_images: UInt8[Array, "*A B M Y W 3"] | None = None  # of another row, in the form of this row's
     reference_logps: Float[Array, "*A B T"] | None = None  # cached, by token, 0 off the answers
@@ -204,7 +245,8 @@ class PairBatch:
         """The same rows with only the first `count` answers; fewer than all are no whole group of samples any more."""
         stop = self.prefix_slots + count * self.answer_slots
         cut = {name: value if value is None else _cut(value, stop) for name in BY_SLOT for value in (getattr(self, name),)}
-        return dataclasses.replace(self, **cut, sampled=self.sampled if count == self.answers else None)
+        of_all = {"sampled": self.sampled, "rewards": self.rewards}
+        return dataclasses.replace(self, **cut, **(of_all if count == self.answers else dict.fromkeys(of_all)))
 
     def by_answer(self, values: Array) -> Array:
         """`[*A, B, T]` -> `[*A, B, K, R]`: the slots of the answers."""

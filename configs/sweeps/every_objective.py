@@ -21,7 +21,8 @@ BUDGET = {"train.steps": 200, "train.batch_size": 8, "checkpoint.every": 200, "r
 
 def sweep():
     for name in losses.names():
-        if losses.Need.SAMPLED in losses.build(name).needs:
-            continue  # it learns from rewards: configs/sweeps/loops.py
+        objective = losses.build(name)
+        if objective.of_samples or objective.reads != "prefs":
+            continue  # it learns from rewards (configs/sweeps/loops.py), or from answers that are not paired
         # all start from the same model: one of them measures it
         yield {"objective.name": name, "eval.before": name == "dpo"} | METHODS.get(name, {}) | BUDGET

@@ -13,7 +13,7 @@ from mmalign_jax.data.bad_rows import Place, place_of
 from mmalign_jax.data.images import MAX_BYTES, MAX_PIXELS
 from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.hf.pictures import Expansion, Pictures, RowTraits
-from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX, PairBatch, Preference, PreferenceRecord, Turn, record_key
+from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX, Choice, Group, Label, PairBatch, Preference, PreferenceRecord, Turn, answers_of, record_key
 
 
 @runtime_checkable
@@ -112,7 +112,7 @@ class RowTokens:
 
 def tokenize(
     record: PreferenceRecord,
-    pref: Preference | None,
+    pref: Choice | None,
     processor: RowProcessor,
     answers: int,
     *,
@@ -126,8 +126,8 @@ def tokenize(
     region's tokens see what follows them (prefix-LM), which no part of an answer may.
 
     Args:
-      pref: which responses are the chosen and the rejected one; None for the reference answer, response 0.
-      answers: K, 2 for (win, lose), 1 for the win or the reference alone, 0 for the prompt alone.
+      pref: which responses are the row's: the chosen and the rejected one, one with a label, or a group; None for the reference answer, response 0.
+      answers: K, 2 for (win, lose), 1 for the win, the labelled answer or the reference alone, 0 for the prompt alone; all of a group.
 
     Raises:
       DataError: the row has no preference though K is 2, a text cannot be tokenised, or placeholders and images do not fit.
@@ -136,8 +136,8 @@ def tokenize(
     if answers == 2 and pref is None:
         raise place.bad("no_answer", "the row has no pair of answers", "Make pairs first (config.pairs.maker) or remove the row.")
     if pref is not None and not (np.isfinite(pref.weight) and pref.weight >= 0):
-        raise place.bad("malformed_row", f"the preference has weight {pref.weight}", "Set it to a finite number of at least 0.")
-    chosen = ((0,) if pref is None else (pref.win, pref.lose))[:answers]
+        raise place.bad("malformed_row", f"the row has weight {pref.weight}", "Set it to a finite number of at least 0.")
+    chosen = ((0,) if pref is None else answers_of(pref))[:answers]
     media = tuple(part.media for turn in record.turns for part in turn.parts if part.media is not None)
     limits = {"max_pixels": max_pixels, "max_bytes": max_bytes}
     expansions = tuple(media_lib.expand(record.media[index], processor.pictures, place, **limits) for index in media)
@@ -157,7 +157,7 @@ def tokenize(
 
 
 def lay_out(
-    record: PreferenceRecord, pref: Preference | None, processor: RowProcessor, layout: RowLayout, row: RowTokens | None = None
+    record: PreferenceRecord, pref: Choice | None, processor: RowProcessor, layout: RowLayout, row: RowTokens | None = None
 ) -> dict[str, Any]:
     """The numpy arrays of one row, named as in `types.PairBatch`: `[T]` each, images `[M, Y, W, 3]`.
 
@@ -184,7 +184,7 @@ def lay_out_pictures(record: PreferenceRecord, processor: RowProcessor, layout: 
 
 
 def lay_out_tokens(
-    record: PreferenceRecord, pref: Preference | None, processor: RowProcessor, layout: RowLayout, row: RowTokens
+    record: PreferenceRecord, pref: Choice | None, processor: RowProcessor, layout: RowLayout, row: RowTokens
 ) -> dict[str, Any]:
     """The part of `lay_out` that the decoder reads; no picture is decoded.
 
@@ -216,6 +216,10 @@ def lay_out_tokens(
         for k, marks in enumerate(changes.replaced(*(ids for ids, _ in row.answers))):
             start = layout.prefix_slots + k * layout.answer_slots
             changed[start : start + layout.answer_slots][: len(marks)] = marks[: layout.answer_slots]
+    if isinstance(pref, Label):
+        extra["desirable"] = np.bool_(pref.desirable)
+    if isinstance(pref, Group):
+        extra["rewards"] = np.array([record.responses[index].score for index in pref.answers], np.float32)
     if traits.mrope:
         extra["mrope"] = _mrope(is_image, row.expansions, positions, layout.prefix_slots)
     return {
@@ -225,7 +229,7 @@ def lay_out_tokens(
         "image_index": image_index,
         "token_weight": weight,
         "record_key": np.uint32(record_key(record.id)),
-        "margin": np.float32(0.0 if pref is None else pref.margin),
+        "margin": np.float32(pref.margin if isinstance(pref, Preference) else 0.0),
         "weight": np.float32(1.0 if pref is None else pref.weight),
         **extra,
     }

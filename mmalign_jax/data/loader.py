@@ -16,7 +16,7 @@ import numpy as np
 
 from mmalign_jax.data.buckets import TrainingOrder
 from mmalign_jax.data.layout import RowLayout, RowProcessor, lay_out
-from mmalign_jax.data.plan import Records, RowPlan, preference_of
+from mmalign_jax.data.plan import Records, RowPlan
 from mmalign_jax.errors import UserError
 from mmalign_jax.types import PairBatch
 
@@ -50,7 +50,7 @@ class _LayOut:
         index, pref = map(int, self.plan.items[number])
         record, layout = self.records[index], self.layout_of[number]
         tokens = None if self.plan.tokens is None else self.plan.tokens[number]
-        row = lay_out(record, preference_of(record, pref), self.processor, self.layouts[layout], tokens)
+        row = lay_out(record, self.plan.choice(record, pref), self.processor, self.layouts[layout], tokens)
         for extra in self.extras:
             row |= extra(number, self.layouts[layout])
         return {**row, "layout": layout}

@@ -9,7 +9,7 @@ from mmalign_jax.data import media as media_lib
 from mmalign_jax.data.bad_rows import place_of
 from mmalign_jax.data.images import decode_image
 from mmalign_jax.data.layout import RowLayout, RowProcessor, tokenize
-from mmalign_jax.data.plan import Records, RowPlan, preference_of
+from mmalign_jax.data.plan import Records, RowPlan
 from mmalign_jax.errors import UserError
 from mmalign_jax.types import PreferenceRecord, record_key
 
@@ -34,7 +34,7 @@ class OtherImages:
         tokens = self.plan.tokens
         limits = {"max_pixels": layout.max_pixels, "max_bytes": layout.max_bytes}
         if tokens is None:
-            row = tokenize(record, preference_of(record, pref), self.processor, layout.answers, **limits)
+            row = tokenize(record, self.plan.choice(record, pref), self.processor, layout.answers, **limits)
         else:
             row = tokens[number]
         other = self._partner(index, record)

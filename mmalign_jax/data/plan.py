@@ -12,7 +12,7 @@ from mmalign_jax.data.bad_rows import place_of
 from mmalign_jax.data.buckets import Bucket, split
 from mmalign_jax.data.layout import RowLayout, RowProcessor, RowSize, RowTokens, misfit, tokenize
 from mmalign_jax.errors import DataError, UserError
-from mmalign_jax.types import Preference, PreferenceRecord
+from mmalign_jax.types import FORMS, Choice, PreferenceRecord
 
 
 @runtime_checkable
@@ -41,7 +41,7 @@ class LeftOut:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RowPlan:
-    """The layout, and the rows that are laid out: `items i32[n, 2]`, record index and index into its `prefs` (-1: reference answer).
+    """The layout, and the rows that are laid out: `items i32[n, 2]`, record index and index into its field `reads` (-1: reference answer).
 
     `layout` holds every row; `buckets` are the layouts that training uses, each for its own rows.
     `counts` holds `rows` (all that the records have), `kept`, and by name what happened to the others:
@@ -55,10 +55,15 @@ class RowPlan:
     padding_fraction: float  # share of the slots in the buckets that are empty, on average over rows
     buckets: tuple[Bucket, ...]
     tokens: tuple[RowTokens, ...] | None = dataclasses.field(default=None, repr=False)  # of `items`, None when they are too many to keep
+    reads: str = "prefs"
+
+    def choice(self, record: PreferenceRecord, index: int) -> Choice | None:
+        """The second number of an item, of its record."""
+        return choice_of(record, index, self.reads)
 
 
-def preference_of(record: PreferenceRecord, index: int) -> Preference | None:
-    return None if index < 0 else record.prefs[index]
+def choice_of(record: PreferenceRecord, index: int, reads: str) -> Choice | None:
+    return None if index < 0 else getattr(record, reads)[index]
 
 
 def plan_rows(
@@ -70,19 +75,22 @@ def plan_rows(
     mark_changes: bool = False,
     multiple: int = 8,
     whole_answers: bool = False,
+    reads: str = "prefs",
 ) -> RowPlan:
     """Scans all rows and decides by `config.on_long_row` and `config.on_bad_row` what becomes of those that do not fit.
 
     Args:
-      answers: K, 2 for pairs (one row a preference), 1 for reference answers (one row a record).
+      answers: K, 2 for pairs (one row a preference), 1 for reference answers (one row a record) and for labelled ones. Groups have a K of their
+        own, all the same.
       mark_changes: rows say which tokens of their answers differ.
       multiple: measured slots are rounded up to it.
       whole_answers: every answer must be there with its end token.
+      reads: the field of a record whose members are rows, of `types.FORMS`.
 
     Raises:
       DataError: a row that does not fit, cannot be tokenised, or has answers that are not whole where they must be, when the policy says
         error; a prefix that is too long under `shorten_answer` (prefixes are never cut); no row is left.
-      UserError: answers must be whole, and the policy is to shorten them.
+      UserError: answers must be whole, and the policy is to shorten them; or the records hold rows of another form than `reads` says.
     """
     left_out: list[LeftOut] = []
 
@@ -96,7 +104,9 @@ def plan_rows(
     room = KEEP_TOKEN_BYTES
     if whole_answers and config.on_long_row == "shorten_answer":
         raise UserError("config.data.on_long_row: the objective scores answers at their end token, which shortened ones lack; use error or drop")
-    for index, pref, row in _rows(records, processor, answers, config, refuse, whole_answers):
+    if reads == "groups":
+        answers = _group_size(records)
+    for index, pref, row in _rows(records, processor, answers, config, refuse, whole_answers, reads):
         rows.append((index, pref, row.size))
         room -= row.nbytes
         if room >= 0:
@@ -131,24 +141,58 @@ def plan_rows(
     buckets = tuple(split(sizes, answers, most, layout_of))
     padding = sum(len(bucket.members) * bucket.padding_fraction for bucket in buckets) / len(items)
     known = tuple(tokens[number] for number in kept) if room >= 0 else None
-    return RowPlan(layout, np.array(items, np.int32).reshape(-1, 2), counts, tuple(left_out), padding, buckets, known)
+    return RowPlan(layout, np.array(items, np.int32).reshape(-1, 2), counts, tuple(left_out), padding, buckets, known, reads)
+
+
+def _check_form(record: PreferenceRecord, reads: str, answers: int) -> None:
+    """Raises UserError for a record whose rows are of another form, by which a whole set is the wrong one."""
+    found = [field for field in FORMS if getattr(record, field)]
+    if not answers or reads in found or (reads == "prefs" and not found):
+        return
+    has, wanted = FORMS[found[0]] if found else "no scored answers", "pairs or references" if reads == "prefs" else FORMS[reads]
+    mends = {"prefs": "pairs train dpo and others", "labels": "labelled answers train kto_unpaired", "groups": "groups train pl_dpo"}
+    mend = mends[found[0] if found else reads]
+    raise UserError(
+        f"config.objective.name: record {record.id} holds {has}, and {wanted} are asked for; {mend} (config.samples.selector says what is made)"
+    )
+
+
+def _group_size(records: Records) -> int:
+    """How many answers the first group has."""
+    for index in range(len(records)):
+        _check_form(records[index], "groups", 1)
+        return len(records[index].groups[0].answers)
+    return 0
 
 
 def _rows(
-    records: Records, processor: RowProcessor, answers: int, config: DataConfig, refuse: Callable[[DataError, str], None], whole_answers: bool
+    records: Records,
+    processor: RowProcessor,
+    answers: int,
+    config: DataConfig,
+    refuse: Callable[[DataError, str], None],
+    whole_answers: bool,
+    reads: str,
 ) -> Iterator[tuple[int, int, RowTokens]]:
     """Yields (record index, pref index, tokens); a row that cannot be tokenised goes to `refuse`."""
     limits = {"max_pixels": config.max_image_pixels, "max_bytes": config.max_image_bytes}
     for index in range(len(records)):
         record = records[index]
+        _check_form(record, reads, answers)
         if whole_answers and not record.complete:
             mend = "Use whole answers (config.pairs.per_sentence makes others) or remove the row."
             refuse(place_of(record).bad("no_answer", "the answers are cut, so no end token follows them on which they are scored", mend), record.id)
             continue
-        # one answer a row: the chosen one of the first preference
-        for pref in (-1,) if not record.prefs else range(len(record.prefs) if answers > 1 else 1):
+        count = len(getattr(record, reads))
+        if reads == "prefs" and answers < 2:
+            count = min(count, 1)  # one answer a row: the chosen one of the first preference
+        for pref in range(count) if count else (-1,):
+            choice = choice_of(record, pref, reads)
             try:
-                row = tokenize(record, preference_of(record, pref), processor, answers, **limits)
+                if reads == "groups" and len(choice.answers) != answers:
+                    problem = f"a group of {len(choice.answers)} answers, in a set that begins with one of {answers}"
+                    raise place_of(record).bad("malformed_row", problem, "Give all groups one size, as the selector group does.")
+                row = tokenize(record, choice, processor, answers, **limits)
             except DataError as error:
                 refuse(error, record.id)
             else:

@@ -6,19 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmalign_jax.errors import DataError
-from mmalign_jax.types import Media, Part, Preference, PreferenceRecord, Response, Turn
+from mmalign_jax.types import Group, Label, Media, Part, Preference, PreferenceRecord, Response, Turn
 
-SCHEMA = 2  # raised whenever the JSON below changes; older sets are imported again
+SCHEMA = 3  # raised whenever the JSON below changes; older sets are imported again
 
 _STR, _INT, _FLOAT, _SCORE = (str,), (int,), (float, int), (float, int, type(None))
 _TOP = {
     "schema": _INT, "id": _STR, "media": (list,), "turns": (list,), "responses": (list,), "prefs": (list,), "prefix": _STR,
-    "complete": (bool,), "meta": (dict,),
+    "complete": (bool,), "meta": (dict,), "labels": (list,), "groups": (list,),
 }  # fmt: skip
 _MEDIA = {"kind": _STR, "origin": _STR, "times": (list,)}
 _TURN = {"role": _STR, "parts": (list,)}
 _RESPONSE = {"text": _STR, "source": _STR, "score": _SCORE, "critique": _STR}
 _PREF = {"win": _INT, "lose": _INT, "weight": _FLOAT, "margin": _FLOAT}
+_LABEL = {"answer": _INT, "desirable": (bool,), "weight": _FLOAT}
+_GROUP = {"answers": (list,), "weight": _FLOAT}
 
 
 def to_example(record: PreferenceRecord) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def to_example(record: PreferenceRecord) -> dict[str, Any]:
         "media": [{"kind": m.kind, "origin": m.origin, "times": list(map(float, m.times))} for m in record.media],
         "turns": [{"role": turn.role, "parts": [_part(part) for part in turn.parts]} for turn in record.turns],
         "responses": [dataclasses.asdict(response) for response in record.responses],
-        "prefs": [dataclasses.asdict(pref) for pref in record.prefs],
+        **{field: [dataclasses.asdict(one) for one in getattr(record, field)] for field in ("prefs", "labels", "groups")},
         "prefix": record.prefix,
         "complete": record.complete,
         "meta": dict(record.meta),
@@ -62,6 +64,8 @@ def from_example(example: Mapping[str, Any], *, file: str, row: str) -> Preferen
             prefix=plain["prefix"],
             complete=plain["complete"],
             meta=plain["meta"],
+            labels=tuple(Label(**_check(label, _LABEL, "label")) for label in plain["labels"]),
+            groups=tuple(_group(group) for group in plain["groups"]),
         )
     except (ValueError, KeyError, OverflowError) as error:  # JSON and UTF-8 errors are ValueErrors
         raise DataError(f"not a preference record ({error})", file=file, row=row, mend="Import the data set again.") from error
@@ -97,6 +101,11 @@ def _turn(plain: Any) -> Turn:
         _check(part, {"text": _STR} if "text" in part else {"media": _INT}, "part")
         parts.append(Part(**part))
     return Turn(plain["role"], tuple(parts))
+
+
+def _group(plain: Any) -> Group:
+    _check(plain, _GROUP, "group")
+    return Group(tuple(_check({"answer": answer}, {"answer": _INT}, "group")["answer"] for answer in plain["answers"]), plain["weight"])
 
 
 def _check(value: Any, spec: Mapping[str, tuple], name: str) -> dict[str, Any]:

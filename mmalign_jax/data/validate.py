@@ -106,3 +106,21 @@ def _check_responses(record: PreferenceRecord, place: Place) -> None:
             raise place.bad("malformed_row", "a preference has a weight or margin that is not finite", "Correct the number.")
         if record.responses[pref.win].text.strip() == record.responses[pref.lose].text.strip():
             raise place.bad("equal_answers", "the chosen and the rejected answer are the same text", "Remove the row.")
+    _check_scored(record, place)
+
+
+def _check_scored(record: PreferenceRecord, place: Place) -> None:
+    known = range(len(record.responses))
+    for label in record.labels:
+        if label.answer not in known:
+            raise place.bad("malformed_row", f"a label names answer {label.answer}, which is not there", "Correct the index.")
+    if len({label.answer for label in record.labels}) < len(record.labels):
+        raise place.bad("malformed_row", "an answer has two labels", "Leave one of them.")
+    for group in record.groups:
+        if len(group.answers) < 2 or len(set(group.answers)) < len(group.answers) or not set(group.answers) <= set(known):
+            raise place.bad("malformed_row", f"the group {group.answers} names no two or more different answers", "Correct the indices.")
+        scores = [record.responses[index].score for index in group.answers]
+        if not all(score is not None and math.isfinite(score) for score in scores):
+            raise place.bad("malformed_row", "an answer of a group has no finite score", "Give all answers of a group their scores.")
+    if not all(math.isfinite(one.weight) and one.weight >= 0 for one in (*record.labels, *record.groups)):
+        raise place.bad("malformed_row", "a label or a group has a weight that is not finite or below 0", "Correct the number.")

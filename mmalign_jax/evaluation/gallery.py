@@ -17,11 +17,11 @@ _FRAMES = 4  # at most, of a video; evenly apart
 
 
 def choose(records: Records, plan: RowPlan, count: int) -> tuple[PreferenceRecord, ...]:
-    """The first whole pairs of different pictures, at most `count` of them, among the first rows of the plan."""
+    """The first records of different pictures with a better and a worse whole answer, at most `count` of them, among the first rows of the plan."""
     chosen: dict[str, PreferenceRecord] = {}
     for index, _ in plan.items[: _LOOKED_AT * count]:
         record = records[int(index)]
-        if record.prefs and not record.prefix:
+        if _sides(record) and not record.prefix:
             chosen.setdefault((record.media[0].origin if record.media else "") or record.id, record)
         if len(chosen) == count:
             break
@@ -52,8 +52,19 @@ def _item(record: PreferenceRecord, before: Answered | None, after: Answered | N
     images = tuple(np.asarray(decode_image(picture, file="records", row=record.id, **bounds)) for picture in pictures)
     prompt = " ".join(part.text for turn in record.turns for part in turn.parts if part.text is not None)
     said = (None if answer is None else mark(_ended(answer)) for answer in (before, after))
-    chosen, rejected = (record.responses[index].text for index in (record.prefs[0].win, record.prefs[0].lose))
+    chosen, rejected = (record.responses[index].text for index in _sides(record))
     return GalleryItem(record.id, images, prompt, mark(chosen), mark(rejected), *said)
+
+
+def _sides(record: PreferenceRecord) -> tuple[int, int] | None:
+    """A better and a worse answer: of the first pair, of the first labels, or of the first group's scores; None where there are no two."""
+    if record.prefs:
+        return record.prefs[0].win, record.prefs[0].lose
+    if record.groups:
+        score = lambda index: record.responses[index].score  # noqa: E731
+        return max(record.groups[0].answers, key=score), min(record.groups[0].answers, key=score)
+    sides = [next((label.answer for label in record.labels if label.desirable == wanted), None) for wanted in (True, False)]
+    return None if None in sides else (sides[0], sides[1])
 
 
 def _ended(answer: Answered) -> str:

@@ -22,6 +22,8 @@ class Need(enum.Enum):
     AUXILIARY = "auxiliary_nll"
     EPOCH = "epoch"
     SAMPLED = "sampled"  # answers are samples with rewards, a group a row
+    LABELS = "desirable"  # of rows of one answer
+    REWARDS = "rewards"  # of a row's answers, which are a group
     SCORES = "scores"  # of whole answers, by the model's score head
     VALUES = "values"  # the same head at the state before every answer token
     BATCH = "batch"  # statistics over all rows of a step

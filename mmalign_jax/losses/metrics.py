@@ -48,8 +48,10 @@ def metrics_of(
       by_label: unweighted loss of the terms, by their labels; reported where there are several.
     """
     needs = frozenset().union(*(term.needs for _, term in terms))
-    if Need.SAMPLED in needs:
+    if Need.SAMPLED in needs or Need.REWARDS in needs:
         return _of_groups(terms, stats, loss, by_label)
+    if Need.LABELS in needs:
+        return _of_labelled(terms, stats, loss)
     if Need.OTHER_IMAGE not in needs:
         stats = dataclasses.replace(stats, other_image=None)
     if not any(term.reads_logps for _, term in terms):
@@ -77,8 +79,8 @@ def metrics_of(
 
 
 def _of_groups(terms: Terms, stats: BranchStats, loss: PerPair, by_label: dict[str, PerPair]) -> Metrics:
-    """Of rows whose answers are samples: no answer is the chosen one."""
-    rewards = stats.sampled.rewards
+    """Of rows whose answers are a group: no answer is the chosen one."""
+    rewards = stats.rewards if stats.sampled is None else stats.sampled.rewards
     out = {
         "loss": loss,
         "rewards/mean": jnp.mean(rewards, axis=1),
@@ -89,6 +91,14 @@ def _of_groups(terms: Terms, stats: BranchStats, loss: PerPair, by_label: dict[s
     }
     if len(by_label) > 1:
         out |= {f"loss/{label}": value for label, value in by_label.items()}
+    for _, term in terms:
+        out |= term.metrics(stats)
+    return {name: jax.lax.stop_gradient(jnp.mean(value.astype(jnp.float32))) for name, value in out.items()}
+
+
+def _of_labelled(terms: Terms, stats: BranchStats, loss: PerPair) -> Metrics:
+    """Of rows of one answer each, desirable or not."""
+    out = {"loss": loss, "logps/mean": stats.answers.policy[:, 0], "lengths/mean": stats.answers.lengths[:, 0], "labels/desirable": stats.desirable}
     for _, term in terms:
         out |= term.metrics(stats)
     return {name: jax.lax.stop_gradient(jnp.mean(value.astype(jnp.float32))) for name, value in out.items()}

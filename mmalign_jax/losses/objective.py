@@ -53,6 +53,11 @@ class Objective:
         return Need.SAMPLED in self.needs
 
     @property
+    def reads(self) -> str:
+        """The field of a record whose members are its rows, of `types.FORMS`; objectives of samples and of references read none of the others."""
+        return "labels" if Need.LABELS in self.needs else "groups" if Need.REWARDS in self.needs else "prefs"
+
+    @property
     def score_head(self) -> bool:
         """Whether it asks for a model with a score head."""
         return bool({Need.SCORES, Need.VALUES} & self.needs)

@@ -45,6 +45,8 @@ class BranchStats:
     nll: Float[Array, " B"] | None = None  # mean NLL a token of the chosen answer, where it is not that of `answers`
     auxiliary_nll: Float[Array, " B"] | None = None  # mean NLL a token of a row of another data set
     sampled: Sampled | None = None  # of answers that are samples
+    desirable: Bool[Array, " B"] | None = None  # the label of a row's only answer
+    rewards: Float[Array, "B K"] | None = None  # of answers that are ranked by them
     collision: Float[Array, "B K"] | None = None  # sum over tokens of log sum_v pi(v)^2
     kl: Float[Array, "B K"] | None = None  # sum over tokens of KL(reference || policy), whole vocabulary
     scores: Float[Array, "B K"] | None = None  # by the score head at each answer's end token

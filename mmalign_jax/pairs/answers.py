@@ -126,8 +126,12 @@ def check_settings(config: Config, processor: Processor, *, of_samples: bool) ->
         raise UserError(f"config.samples.scorers: {selector.name} goes by scores; say what answers are worth")
     if samples.gap and not selector.compares:
         raise UserError(f"config.samples.gap: {selector.name} does not go by scores; leave it 0")
-    if sum(one.most(samples.count) for one in named) + selector.reads_reference < 2:
-        raise UserError("config.samples.count: one answer is compared with nothing; draw several, or give another source")
+    if config.pairs.when == "online" and selector.makes != "prefs":
+        raise UserError(f"config.samples.selector: {selector.name} makes {selector.rows_in_words}, which train offline (config.pairs.when)")
+    drawn = sum(one.most(samples.count) for one in named)
+    if drawn + selector.reads_reference < selector.least:
+        few = "one answer is compared with nothing" if drawn < 2 else f"{selector.name} takes {selector.least} answers, of {drawn} that are asked for"
+        raise UserError(f"config.samples.count: {few}; draw several, or give another source")
     if selector.name == "by_source" and len(named) < 2:
         raise UserError("config.samples.sources: by_source sets answers of a source above those of another; give two")
 

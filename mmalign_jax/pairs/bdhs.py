@@ -52,9 +52,9 @@ def reference_of(record: PreferenceRecord) -> Response:
     Raises:
       UserError: there is none, or only a part of one.
     """
-    if not record.responses or record.prefix or not record.complete:
+    if record.reference is None or record.prefix or not record.complete:
         raise UserError(f"record {record.id}: BDHS needs a whole reference answer")
-    return record.responses[record.prefs[0].win if record.prefs else 0]
+    return record.reference
 
 
 def check_one_process() -> None:

@@ -28,7 +28,8 @@ from mmalign_jax.report.console import Console
 from mmalign_jax.types import PreferenceRecord
 
 VERSION = 3  # raised whenever the same model, records and settings make other pairs than before
-_NO_MATTER = ("maker", "when", "every", "batch_size", "encoder", "cache")  # settings of config.pairs on which no pair depends; the encoder's files do count
+# settings of config.pairs on which no pair depends; the encoder's files do count
+_NO_MATTER = ("maker", "when", "every", "batch_size", "encoder", "cache")
 _NO_MATTER_OF_SAMPLES = ("batch_size", "offline_share", "offline_pairs", "reward_model", "clip", "critic")
 # settings of config.data that say which records give pairs
 _MATTER = ("on_long_row", "prefix_tokens", "answer_tokens", "on_bad_row", "max_image_pixels", "max_image_bytes", "max_frames")
@@ -53,20 +54,29 @@ class References:
         record = self.records[index]
         reference = reference_of(record)
         if not self.keep_rejected:
-            return dataclasses.replace(record, responses=(reference,), prefs=())
+            return dataclasses.replace(record, responses=(reference,), prefs=(), labels=(), groups=())
         if len(record.prefs) != 1:
             raise UserError(f"config.pairs.gamma: record {record.id} has {len(record.prefs)} rejected answers of its own, not one; leave it 0")
         own = record.prefs[0]
-        return dataclasses.replace(record, responses=(reference, record.responses[own.lose]), prefs=(dataclasses.replace(own, win=0, lose=1),))
+        pair, others = dataclasses.replace(own, win=0, lose=1), {"labels": (), "groups": ()}
+        return dataclasses.replace(record, responses=(reference, record.responses[own.lose]), prefs=(pair,), **others)
 
 
 @dataclasses.dataclass(frozen=True)
 class OfflinePairs:
-    """A finished set of pairs, and how it came out. `left_out`: records that did not fit, no part of the statistics."""
+    """A finished set of pairs, or of other `rows` of scored answers, and how it came out.
+
+    `left_out`: records that did not fit, no part of the statistics.
+    """
 
     prepared: builder.PreparedSet
     statistics: Statistics | SampleStatistics
     left_out: tuple[LeftOut, ...]
+    rows: str = "pairs"
+
+    def in_words(self) -> str:
+        counts = self.statistics
+        return counts.in_words(self.rows) if isinstance(counts, SampleStatistics) else counts.in_words()
 
 
 def make_offline(
@@ -122,7 +132,8 @@ def read_offline(prepared: builder.PreparedSet, config: Config) -> OfflinePairs:
         raise DataError("missing", file=str(file), mend=mend)
     plain = read_json(file, mend)
     left_out = tuple(LeftOut(**row) for row in plain.pop("left_out"))
-    return OfflinePairs(prepared, _statistics(config, plain), left_out)
+    rows = selectors.parse(config.samples.selector).rows_in_words if config.pairs.maker == "samples" else "pairs"
+    return OfflinePairs(prepared, _statistics(config, plain), left_out, rows)
 
 
 def identity(policy: Pretrained, records: builder.RecordSource, config: Config) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from mmalign_jax.config import SamplesConfig, TrainConfig
 from mmalign_jax.data.layout import RowLayout, RowTokens, lay_out_pictures, lay_out_tokens, tokenize
-from mmalign_jax.data.plan import Records, RowPlan, preference_of
+from mmalign_jax.data.plan import Records, RowPlan
 from mmalign_jax.pairs import selectors
 from mmalign_jax.pairs.answers import Answered, Answerer, summary
 from mmalign_jax.pairs.online import Order, in_parts, shortest
@@ -109,7 +109,7 @@ class PairBatches:
         return bool(random.random() < self._config.offline_share)
 
     def _own(self, record: PreferenceRecord, pref: int) -> "_Pair":
-        preference, processor = preference_of(record, pref), self._answerer.processor
+        preference, processor = record.prefs[pref], self._answerer.processor
         row = tokenize(record, preference, processor, 2, max_pixels=self._layout.max_pixels, max_bytes=self._layout.max_bytes)
         pictures = lay_out_pictures(record, processor, self._layout, row)
         return _Pair(record, preference, row, pictures, [np.full(len(ids), np.nan, np.float32) for ids, _ in row.answers])
@@ -118,7 +118,7 @@ class PairBatches:
         record, prompt = answered.prompt.record, answered.prompt
         candidates, answers = answered.candidates(), list(answered.answers)
         if self._selector.reads_reference:
-            reference = record.responses[record.prefs[0].win if record.prefs else 0].text
+            reference = record.reference.text
             ids = self._answerer.processor.answer_ids(reference)[0]
             candidates.append(Candidate(reference, REFERENCE, tokens=len(ids)))
             answers.append(Own(ids, np.full(len(ids), np.nan, np.float32), reference, True))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from mmalign_jax.config import SamplesConfig
 from mmalign_jax.data.validate import TAGS
 from mmalign_jax.hf.processor import Processor
-from mmalign_jax.pairs import selectors
+from mmalign_jax.pairs import selectors, sources
 from mmalign_jax.pairs.answers import Answered, Answerer
 from mmalign_jax.pairs.selectors import REFERENCE, Candidate, Filters
 from mmalign_jax.types import PreferenceRecord, Response
@@ -19,7 +19,7 @@ class SampleStatistics:
     """Counts over records: `records == paired + unchanged`.
 
     Args:
-      pairs: of all records.
+      pairs: of all records; labelled answers or groups where the selector makes those.
       paired: records that gave pairs.
       unchanged: records that gave none.
       unfinished: answers that ran out of tokens.
@@ -45,10 +45,14 @@ class SampleStatistics:
     def mean_score(self) -> float:
         return self.score / max(self.judged, 1)
 
-    def in_words(self) -> str:
+    def in_words(self, rows: str = "pairs") -> str:
+        """
+        Args:
+          rows: what `pairs` counts.
+        """
         refused = ", ".join(f"{count} {reason}" for reason, count in self.refused.items())
         return (
-            f"{self.pairs} pairs from {self.paired} of {self.records} records; {self.answers} answers, {self.unfinished} of them out of tokens, of "
+            f"{self.pairs} {rows} from {self.paired} of {self.records} records; {self.answers} answers, {self.unfinished} of them out of tokens, of "
             f"score {self.mean_score:.3f} on average; refused: {refused or 'none'}"
         )
 
@@ -71,7 +75,7 @@ class SampleStatistics:
 def sampled_pairs(
     answerer: Answerer, params: dict, records: Iterable[PreferenceRecord], config: SamplesConfig, statistics: SampleStatistics
 ) -> Iterator[tuple[list[PreferenceRecord], SampleStatistics]]:
-    """Yields, for every record, its preference record, if it gave pairs, and the counts so far.
+    """Yields, for every record, its preference record, if it gave rows, and the counts so far.
 
     A record's responses are then the answers to it (with their sources and scores), but for those that no record can hold: they
     ran out of tokens, so that an end token behind them would be a lie, or their text cannot be read back. The reference stands behind them
@@ -79,6 +83,7 @@ def sampled_pairs(
     """
     selector = selectors.parse(config.selector, "config.samples.selector")
     asked_before = collections.Counter(statistics.asked)
+    most = sum(one.most(config.count) for one in sources.parse(config.sources))
     filters = Filters(gap=config.gap, length_ratio=config.length_ratio, unfinished=config.unfinished)
     for chunk in _batched(records, config.batch_size):
         for answered in answerer(params, chunk, draw=0):
@@ -91,17 +96,17 @@ def sampled_pairs(
                 else:
                     candidates.append(one)
             if selector.reads_reference:
-                reference = record.responses[record.prefs[0].win if record.prefs else 0]
-                candidates.append(Candidate(reference.text, REFERENCE))
-            selection = selector(candidates, filters)
-            statistics = statistics.plus(answered, len(selection.pairs), collections.Counter(selection.refused) + left_out)
+                candidates.append(Candidate(record.reference.text, REFERENCE))
+            selection = selector(candidates, filters, most)
+            statistics = statistics.plus(answered, selection.rows, collections.Counter(selection.refused) + left_out)
             statistics = dataclasses.replace(statistics, asked=dict(asked_before + collections.Counter(answerer.counts)))
             judged = bool(config.scorers)
             responses = tuple(Response(one.text, source=one.source, score=one.score if judged else None) for one in candidates)
             made = {name: getattr(config, name) for name in ("seed", "temperature", "top_p", "top_k", "selector")}
             meta = {**record.meta, "samples": {**made, "sources": list(config.sources), "scorers": list(config.scorers)}}
-            changed = dataclasses.replace(record, responses=responses, prefs=selection.pairs, prefix="", complete=True, meta=meta)
-            yield [changed] if selection.pairs else [], statistics
+            rows = {"prefs": selection.pairs, "labels": selection.labels, "groups": selection.groups}
+            changed = dataclasses.replace(record, responses=responses, **rows, prefix="", complete=True, meta=meta)
+            yield [changed] if selection.rows else [], statistics
 
 
 def _unusable(answer: Candidate, processor: Processor) -> str:

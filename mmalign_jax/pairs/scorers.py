@@ -192,7 +192,7 @@ def summary(name: str) -> str:
 
 def reference_text(record: PreferenceRecord) -> str:
     """The answer that the set holds as true, "" where it has none."""
-    return record.responses[record.prefs[0].win if record.prefs else 0].text if record.responses else ""
+    return record.reference.text if record.reference else ""
 
 
 def _first_word(text: str) -> str:

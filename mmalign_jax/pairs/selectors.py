@@ -1,12 +1,14 @@
-"""Which of a record's answers become pairs: selectors and filters. Pure functions of answers with scores; they draw nothing."""
+"""Which of a record's answers become rows, above all pairs: selectors and filters. Pure functions of answers with scores; they draw nothing."""
 
 import collections
 import dataclasses
 import itertools
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 
-from mmalign_jax.pairs.calls import Number, Table, Value
-from mmalign_jax.types import Preference
+from mmalign_jax.pairs.calls import Choice, Number, Table, Value
+from mmalign_jax.types import FORMS, Group, Label, Preference
 
 REFERENCE = "reference"  # the source of an answer that is true by itself
 
@@ -31,24 +33,34 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The pairs of a record, as indices of its candidates, and why others were refused: reason -> count."""
+    """The rows of a record, as indices of its candidates, and why others were refused: reason -> count. A selector makes rows of one form."""
 
-    pairs: tuple[Preference, ...]
-    refused: Mapping[str, int]
+    pairs: tuple[Preference, ...] = ()
+    refused: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    labels: tuple[Label, ...] = ()
+    groups: tuple[Group, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return len(self.pairs) + len(self.labels) + len(self.groups)
 
 
 Edge = tuple[int, int, float]  # win, lose, margin
-_Select = Callable[..., list[Edge]]
+_Select = Callable[..., list[Edge]] | Callable[..., Selection]
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of selector: `(candidates, **arguments) -> edges`. What it leaves out without an edge is no refusal."""
+    """A kind of selector: `(candidates, **arguments) -> edges`. What it leaves out without an edge is no refusal.
+
+    One that makes other rows than pairs (`makes`, of `types.FORMS`) is `(candidates, filters, asked, **arguments) -> Selection`.
+    """
 
     name: str
     function: _Select
-    arguments: tuple[Number, ...] = ()
+    arguments: tuple[Number | Choice, ...] = ()
     compares: bool = True
+    makes: str = "prefs"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +79,40 @@ class Selector:
         """Whether scores decide; otherwise answers need none that differ."""
         return _BY_NAME[self.name].compares
 
-    def __call__(self, candidates: Sequence[Candidate], filters: "Filters") -> Selection:
-        """The pairs that the selector makes and the filters let through, in order."""
+    @property
+    def makes(self) -> str:
+        """The field of a record that its rows go to, of `types.FORMS`."""
+        return _BY_NAME[self.name].makes
+
+    @property
+    def rows_in_words(self) -> str:
+        return FORMS[self.makes]
+
+    @property
+    def least(self) -> int:
+        """How many answers a record must have to give a row."""
+        arguments = dict(self.arguments)
+        if self.name == "group":
+            return max(2, arguments["size"])
+        return 1 if self.name == "unpaired" and arguments["by"] == "threshold" else 2
+
+    def __call__(self, candidates: Sequence[Candidate], filters: "Filters", asked: int = 0) -> Selection:
+        """The rows that the selector makes and the filters let through, in order.
+
+        Args:
+          asked: how many answers were asked for, of which the candidates are those that can be used; 0: as many as there are.
+        """
         refused: collections.Counter[str] = collections.Counter()
         known = [index for index, one in enumerate(candidates) if one.score is not None or one.source == REFERENCE]
         if len(known) < len(candidates):
             refused["no verdict"] = len(candidates) - len(known)
+        if self.makes != "prefs":
+            known = [index for index in known if candidates[index].score is not None]
+            some = [candidates[index] for index in known]
+            found = _BY_NAME[self.name].function(some, filters, asked or len(candidates), **dict(self.arguments))
+            labels = tuple(dataclasses.replace(label, answer=known[label.answer]) for label in found.labels)
+            groups = tuple(dataclasses.replace(group, answers=tuple(known[index] for index in group.answers)) for group in found.groups)
+            return Selection(refused=dict(refused + collections.Counter(found.refused)), labels=labels, groups=groups)
         out = []
         for win, lose, margin in _BY_NAME[self.name].function([candidates[index] for index in known], **dict(self.arguments)):
             pair = Preference(known[win], known[lose], margin=margin)
@@ -108,10 +148,11 @@ class Filters:
                 return "gap too small"
         if not (self.unfinished or win.finished):
             return "winner is unfinished"
-        lengths = sorted(max(1, len(one.text.split())) for one in (win, lose))
-        if self.length_ratio and lengths[1] > self.length_ratio * lengths[0]:
-            return "lengths too unlike"
-        return ""
+        return "lengths too unlike" if self.unlike(_words(win), _words(lose)) else ""
+
+    def unlike(self, length: float, other: float) -> bool:
+        """Whether one of two lengths in words is too many times the other."""
+        return bool(self.length_ratio) and max(length, other) > self.length_ratio * min(length, other)
 
 
 def parse(text: str, where: str = "selector") -> Selector:
@@ -126,6 +167,10 @@ def parse(text: str, where: str = "selector") -> Selector:
 
 def names() -> tuple[str, ...]:
     return tuple(_BY_NAME)
+
+
+def _words(candidate: Candidate) -> int:
+    return max(1, len(candidate.text.split()))
 
 
 def _scored(candidates: Sequence[Candidate]) -> list[int]:
@@ -187,7 +232,60 @@ def correct_against_incorrect(candidates: Sequence[Candidate], threshold: float 
     return _spread(edges, most)
 
 
+def unpaired(candidates: Sequence[Candidate], filters: Filters, asked: int, threshold: float = 0.5, by: str = "threshold") -> Selection:
+    """Every answer by itself (KTO, arXiv 2402.01306): desirable where it scores at least `threshold`, or more than the mean of all.
+
+    An answer of the same words as one before it is refused; `gap` is the least distance from the threshold or the mean, which by itself is a tie;
+    `length_ratio` compares with the median length.
+    """
+    if not candidates:
+        return Selection()
+    middle = threshold if by == "threshold" else statistics.fmean(one.score for one in candidates)
+    usual, seen, labels = statistics.median(map(_words, candidates)), set(), []
+    refused: collections.Counter[str] = collections.Counter()
+    for index, one in enumerate(candidates):
+        distance, words = one.score - middle, tuple(one.text.split())
+        desirable = distance >= 0
+        if words in seen:
+            refused["identical texts"] += 1
+        elif by == "mean" and math.isclose(one.score, middle, rel_tol=1e-9, abs_tol=1e-12):
+            refused["tie"] += 1
+        elif abs(distance) < filters.gap:
+            refused["gap too small"] += 1
+        elif desirable and not (filters.unfinished or one.finished):
+            refused["desirable answer is unfinished"] += 1
+        elif filters.unlike(_words(one), usual):
+            refused["lengths too unlike"] += 1
+        else:
+            labels.append(Label(index, desirable))
+        seen.add(words)
+    return Selection(refused=dict(refused), labels=tuple(labels))
+
+
+def group(candidates: Sequence[Candidate], filters: Filters, asked: int, size: int = 0) -> Selection:
+    """The first `size` answers with their scores, by which they are ranked; 0: all that were asked for.
+
+    A record that has fewer is refused, so that all groups are of one size. So is a group whose answers are all the same or have all one score,
+    whose scores are less than `gap` apart, or the longest of which is too many times the shortest.
+    """
+    size = size or asked
+    chosen = candidates[:size]
+    reason, scores, lengths = "", [one.score for one in chosen], [_words(one) for one in chosen]
+    if len(chosen) < max(size, 2):
+        reason = "group is not whole"
+    elif len({tuple(one.text.split()) for one in chosen}) == 1:
+        reason = "identical texts"
+    elif max(scores) == min(scores):
+        reason = "tie"
+    elif max(scores) - min(scores) < filters.gap:
+        reason = "gap too small"
+    elif filters.unlike(max(lengths), min(lengths)):
+        reason = "lengths too unlike"
+    return Selection(refused={reason: 1}) if reason else Selection(groups=(Group(tuple(range(size))),))
+
+
 _MOST = Number("most", 0, low=0, high=10_000)
+_THRESHOLD = Number("threshold", 0.5, low=-1e9, high=1e9)
 _BY_NAME = {
     kind.name: kind
     for kind in (
@@ -195,7 +293,9 @@ _BY_NAME = {
         Kind("best_worst", best_worst),
         Kind("reference_against_own", reference_against_own, (_MOST,), compares=False),
         Kind("by_source", by_source, (_MOST,), compares=False),
-        Kind("correct_against_incorrect", correct_against_incorrect, (Number("threshold", 0.5, low=-1e9, high=1e9), _MOST)),
+        Kind("correct_against_incorrect", correct_against_incorrect, (_THRESHOLD, _MOST)),
+        Kind("unpaired", unpaired, (_THRESHOLD, Choice("by", "threshold", ("threshold", "mean"))), makes="labels"),
+        Kind("group", group, (Number("size", 0, low=0, high=1024),), makes="groups"),
     )
 }
 _TABLE = Table("selector", _BY_NAME, "best_worst or all_pairs(2)")

@@ -154,8 +154,9 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, objective: lo
         return jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=mesh_lib.sharding(mesh, *axes))
 
     sampled, cached = Need.SAMPLED in objective.needs, kind.kind == "cached"
-    answers = config.samples.count if sampled else objective.answers
-    answer = config.samples.max_tokens if sampled else answer
+    grouped = sampled or objective.reads == "groups"
+    answers = config.samples.count if grouped else objective.answers
+    answer = config.samples.max_tokens if grouped else answer
     row = (prefix + answers * answer,)
     other = "other_images" in views.parse(objective.view).needs if objective.view else False
     batch = PairBatch(
@@ -170,6 +171,8 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, objective: lo
         prefix_slots=prefix,
         answer_slots=answer,
         weight=array((), jnp.float32),
+        desirable=array((), jnp.bool_) if objective.reads == "labels" else None,
+        rewards=array((answers,), jnp.float32) if objective.reads == "groups" else None,
         changed=array(row, jnp.bool_) if Need.CHANGED in objective.needs else None,
         other_images=array((tiles, side, side, 3), jnp.uint8) if other else None,
         reference_logps=array(row, jnp.float32) if cached else None,

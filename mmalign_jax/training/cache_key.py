@@ -21,7 +21,7 @@ from mmalign_jax.hf.export import MARKER
 from mmalign_jax.hf.pictures import Expansion, Pictures
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.hf.safetensors_dir import open_weights
-from mmalign_jax.types import PreferenceRecord
+from mmalign_jax.types import PreferenceRecord, answers_of
 
 SCHEMA = 1  # raised whenever the same inputs give other log-probs, or other files, than before
 
@@ -76,6 +76,7 @@ def data_key(digests: UInt8[np.ndarray, "records 16"], plan: RowPlan, config: Da
     """The field `data`: the records, which of their pairs are rows, and what may cut or drop a row."""
     limits = {name: getattr(config, name) for name in ("on_long_row", "prefix_tokens", "answer_tokens")}
     rows = {"rows": len(plan.items), "items": hashlib.sha256(plan.items.astype("<i4").tobytes()).hexdigest()}
+    rows |= {} if plan.reads == "prefs" else {"reads": plan.reads}
     return {"records": len(digests), "content": hashlib.sha256(digests.tobytes()).hexdigest(), **rows, **limits}
 
 
@@ -126,6 +127,8 @@ def _digest(record: PreferenceRecord) -> bytes:
         "prefix": record.prefix,
         "complete": record.complete,
     }
+    if record.labels or record.groups:
+        plain |= {field: [answers_of(one) for one in getattr(record, field)] for field in ("labels", "groups")}
     digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
     for medium in record.media:
         for data in medium.pictures:

@@ -65,7 +65,7 @@ class CachedReference:
             key = model_key(self.policy, self._kept) | {"data": data_key(digests, plan, c.data)}
         found: list[Extra] = []
         sides: list[Side] = []
-        for part in self._parts(key):
+        for part in self._parts(key, plan.layout.answers):
             there = self._open(part, digests, records)
             if there is None or jax.process_count() > 1:
                 self._sweep(part, digests, records, plan, extras, sides)
@@ -75,9 +75,9 @@ class CachedReference:
             found.append(there)
         return found
 
-    def _parts(self, key: dict[str, Any]) -> "Iterator[_Part]":
+    def _parts(self, key: dict[str, Any], answers: int) -> "Iterator[_Part]":
         objective, view = self.loss.objective, self.loss.view
-        yield _Part("answers", "", objective.answers, lambda batch: batch, key | {"answers": objective.answers})
+        yield _Part("answers", "", answers, lambda batch: batch, key | {"answers": answers})
         if objective.other_answers:
             count = objective.other_answers
             drawn = {"view": str(view)} | ({"seed": self.config.train.seed} if view.random else {})

@@ -105,6 +105,7 @@ class LossFunction:
         run = _Pass(self, params, frozen, reference, batch, key, moment)
         answers, mismatched, more = run.answers()
         own = {"margin": batch.margin, "weight": batch.weight, "sampled": batch.sampled}
+        own |= {"desirable": batch.desirable, "rewards": batch.rewards}
         stats = BranchStats(answers, mismatched=mismatched, state=moment.objective, **own, **more)
         stats = dataclasses.replace(stats, epoch=moment.epoch, key=jax.random.fold_in(key, moment.step) if Need.BATCH in needs else None)
         if {Need.SCORES, Need.VALUES} & needs:

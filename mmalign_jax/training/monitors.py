@@ -81,7 +81,7 @@ class Monitor:
             kl = theirs.tokens(their_hidden, batch, ("kl",), (hidden, policy.head())).kl
             out["monitor/kl"] = per_token(total(kl)[0])[:, 0]
         out["monitor/accuracies_image"] = score[:, 0] > blind_score[:, 0]
-        if batch.answers > 1 and batch.sampled is None:  # two that are compared, and no group
+        if batch.answers > 1 and batch.sampled is None and batch.rewards is None:  # two that are compared, and no group
             out |= {"monitor/image_gain_rejected": gain[:, 1], "monitor/accuracies_no_image": blind_score[:, 0] > blind_score[:, 1]}
             out["monitor/length_correlation"] = _pearson(lengths[:, 0] - lengths[:, 1], score[:, 0] - score[:, 1])
         return {name: jnp.mean(value.astype(jnp.float32)) for name, value in out.items()}

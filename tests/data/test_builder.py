@@ -151,7 +151,7 @@ def test_sets_of_an_older_schema(tmp_path, monkeypatch):
         for module in (builder, records_on_disk):
             old.setattr(module, "SCHEMA", 1)
         builder.obtain(DataConfig(path=path), tmp_path / "set")
-    with pytest.raises(DataError, match="schema version 1, this release reads 2.*Import the data set again"):
+    with pytest.raises(DataError, match="schema version 1, this release reads 3.*Import the data set again"):
         builder.open_records(tmp_path / "set")[0]
     done = builder.obtain(DataConfig(path=path), tmp_path / "set")
     assert not done.reused and builder.open_records(done.dir)[0].id == "a.parquet:0"

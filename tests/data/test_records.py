@@ -8,7 +8,7 @@ from helpers.rows import record
 
 from mmalign_jax.data.records import from_example, to_example
 from mmalign_jax.errors import DataError
-from mmalign_jax.types import Media, Preference, Response
+from mmalign_jax.types import Group, Label, Media, Preference, Response
 
 FULL = record(
     images=2,
@@ -17,6 +17,8 @@ FULL = record(
     prefix="",
     complete=False,
     meta={"file": "a", "draws": [1, 2, {"mask": "\x00"}]},
+    labels=(Label(1, False), Label(0, True, 0.5)),
+    groups=(Group((1, 0), 2.0),),
 )
 
 
@@ -39,9 +41,11 @@ def test_every_damage_is_an_error():
     plain = json.loads(to_example(FULL)["record"])
     cases = [
         ("schema", True), ("complete", 1),
-        ("schema", 1), ("schema", 3), ("id", 5), ("media", plain["media"][:1]), ("turns", [{"role": "user"}]), ("responses", [{"text": "a"}]),
+        ("schema", 1), ("schema", 2), ("id", 5), ("media", plain["media"][:1]), ("turns", [{"role": "user"}]), ("responses", [{"text": "a"}]),
         ("turns", [{"role": "user", "parts": [{"text": "a", "media": 0}]}]), ("turns", [{"role": "user", "parts": [{"media": True}]}]),
         ("prefs", [{"win": 0.0, "lose": 1, "weight": 1.0, "margin": 0.0}]), ("meta", []), ("extra", 1),
+        ("labels", [{"answer": 0, "desirable": 1, "weight": 1.0}]), ("labels", [{"answer": True, "desirable": True, "weight": 1.0}]),
+        ("groups", [{"answers": [0, 1.0], "weight": 1.0}]), ("groups", [{"answers": [0, 1]}]), ("groups", None),
     ]  # fmt: skip
     for key, value in cases:
         with pytest.raises(DataError, match="shard-0, row 3: not a preference record"):

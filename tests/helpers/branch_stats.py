@@ -16,7 +16,8 @@ LEN_W, LEN_L = [10.0, 20.0, 5.0], [12.0, 15.0, 8.0]
 S_OTHER = np.array([-1.0, 1.0, 0.5])  # log-ratios of the chosen answer under the other image
 REF_OTHER = np.array([-25.0, -36.0, -13.0])
 
-# Objectives of pairs by their files; what learns from samples is tested as a function of arrays (test_policy_gradient, test_policy_terms)
+# Objectives of pairs, labelled answers and ranked groups by their files; what learns from samples is tested as a function of arrays
+# (test_policy_gradient, test_policy_terms)
 OF_PAIRS = [name for name in losses.names() if Need.SAMPLED not in losses.build(name).needs]
 # And those of their settings that switch on code which the defaults leave out.
 VARIANTS = [
@@ -29,6 +30,7 @@ VARIANTS = [
     ("v_dpo", {"bias_weight": 0.5}),
     ("sft", {"length_norm": 32.0}),
     ("kto", {"desirable_weight": 1.33, "undesirable_weight": 0.5}),
+    ("kto_unpaired", {"desirable_weight": 1.33, "undesirable_weight": 0.5}),
     ("reward_model", {"margin_weight": 0.5, "square_weight": 0.1}),
 ]
 VARIANT_IDS = [" ".join([name, *(f"{k}={v}" for k, v in settings.items())]) for name, settings in VARIANTS]
@@ -88,10 +90,12 @@ def random_stats(objective: Objective, *, rows: int = 4, slots: int = 3, seed: i
         count = answers.lengths.shape[1]
         return jnp.where(np.arange(slots) < answers.lengths[..., None], real(rows, count, slots, low=-1.0), 0.0)
 
-    answers = logps(4 if Need.SAMPLED in needs else objective.answers)
+    answers = logps(4 if {Need.SAMPLED, Need.REWARDS} & needs else objective.answers)
     return BranchStats(
         answers=answers,
         sampled=sampled() if Need.SAMPLED in needs else None,
+        desirable=some(Need.LABELS, jnp.arange(rows) % 3 != 1),
+        rewards=some(Need.REWARDS, jnp.array(rng.integers(0, 3, size=(rows, 4)), dtype)),
         other_image=some(Need.OTHER_IMAGE, logps(max(objective.other_answers, 1))),
         no_image=some(Need.NO_IMAGE, logps(2)),
         mismatched=some(Need.MISMATCHED, logps(1)),

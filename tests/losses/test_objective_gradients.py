@@ -77,6 +77,7 @@ def extreme(objective: losses.Objective) -> BranchStats:
     return BranchStats(
         answers=both, other_image=other, no_image=other, mismatched=one, self_rejected=one, margin=large, auxiliary_nll=-policy_l,
         collision=-both.reference / 1e3 - 12.0, kl=-both.policy, epoch=jnp.array(7), scores=jnp.stack([large, large[::-1]], 1),
+        desirable=large > 0, rewards=jnp.stack([large, large[::-1]], 1),
     )  # fmt: skip
 
 

@@ -37,6 +37,13 @@ def labels(*names: str) -> set[str]:
         ("mpo", {}, COMMON | DRIFT | labels("text", "quality", "likelihood")),
         ("mm_dpo", {}, COMMON | DRIFT | {"beta"}),
         ("ha_dpo", {}, COMMON | DRIFT | labels("text", "auxiliary")),
+        (
+            "kto_unpaired",
+            {},
+            {"loss", "logps/mean", "lengths/mean", "labels/desirable", "rewards/desirable", "rewards/undesirable", "rewards/baseline"}
+            | {"rewards/accuracies", "grad_weight"},
+        ),
+        ("pl_dpo", {}, {"loss", "lengths/mean", "rewards/mean", "rewards/best", "rewards/std", "rewards/all_equal", "ranking/accuracies"}),
         ("reward_model", {}, COMMON - {"nll/chosen", "logps/chosen", "logps/rejected"} | {"rewards/mean", "rewards/std"}),
     ],
 )

@@ -11,7 +11,7 @@ from mmalign_jax import losses, mesh
 from mmalign_jax.losses import Need
 
 # Those that look at the whole batch, and one for every kind of branch and aggregator
-DISTINCT = ["aot", "bco", "beta_dpo", "chip_released", "dama", "kto", "mdpo"]
+DISTINCT = ["aot", "bco", "beta_dpo", "chip_released", "dama", "kto", "kto_unpaired", "mdpo", "pl_dpo"]
 
 
 @pytest.mark.parametrize("name", DISTINCT)

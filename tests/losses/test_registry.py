@@ -36,6 +36,8 @@ R = Need.REFERENCE
         ("dama", {R, Need.MARGIN, Need.BATCH}, 2, 0, ""),
         ("ha_dpo", {R, Need.AUXILIARY}, 2, 0, ""),
         ("reward_model", {Need.SCORES}, 2, 0, ""),
+        ("kto_unpaired", {R, Need.LABELS, Need.MISMATCHED, Need.BATCH}, 1, 0, ""),
+        ("pl_dpo", {R, Need.REWARDS}, 1, 0, ""),
     ],
 )
 def test_needs(name, needs, answers, other_answers, view):

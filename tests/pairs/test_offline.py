@@ -30,7 +30,7 @@ from mmalign_jax.pairs.own_answers import Own, Prompt
 from mmalign_jax.pairs.sampled_records import SampleStatistics, sampled_pairs
 from mmalign_jax.pairs.scorers import Scored, Truth, parse
 from mmalign_jax.report.console import Console
-from mmalign_jax.types import Preference, Response
+from mmalign_jax.types import Group, Label, Preference, Response
 
 MESH = mesh_lib.make_mesh(devices=jax.devices()[:1])
 PAIRS = PairsConfig(maker="bdhs", rho_th=0.7, n_iter=2, max_sentence_tokens=4, max_answer_tokens=16, batch_size=4)
@@ -243,6 +243,36 @@ def test_answers_that_no_record_can_hold_are_left_out_and_counted(policy):
     check_record(made, place_of(made), max_pixels=1 << 20, max_bytes=1 << 20)
 
 
+@pytest.mark.parametrize(
+    ("selector", "rows", "refused"),
+    [
+        ("unpaired(2.5)", {"labels": (Label(0, True), Label(1, True), Label(3, False))}, {"identical texts": 1, "out of tokens": 1}),
+        ("unpaired(by=mean)", {"labels": (Label(0, True), Label(1, False), Label(3, False))}, {"identical texts": 1, "out of tokens": 1}),
+        ("group(4)", {"groups": (Group((0, 1, 2, 3)),)}, {"out of tokens": 1}),
+        ("group", {}, {"group is not whole": 1, "out of tokens": 1}),
+    ],
+)
+def test_scored_answers_that_are_not_paired(policy, selector, rows, refused):
+    """Indices are those of the record's answers, which hold the scores; a record without a row is left out, and told why."""
+    texts = [("A a.", True, 6.0), ("b.", True, 3.0), ("b.", True, 2.0), ("b b a", False, 9.0), ("c.", True, 1.0)]
+    owns = [Own(np.zeros(2, np.int32), np.zeros(2, np.float32), text, finished) for text, finished, _ in texts]
+    answered = Answered(Prompt(RECORDS[0], None, {}), owns, [Scored(score, {}) for *_, score in texts])
+
+    class Answering(Answerer):
+        def __call__(self, params, records, draw):
+            return [answered for _ in records]
+
+    answering = Answering(policy.processor, (), parse((), Truth()), None)
+    config = SamplesConfig(scorers=("exact",), selector=selector, count=5)
+    ((made, counts),) = sampled_pairs(answering, {}, RECORDS[:1], config, SampleStatistics())
+    assert counts.refused == refused and counts.pairs == len(rows.get("labels", rows.get("groups", ()))) and counts.answers == 5
+    assert len(made) == bool(rows)
+    for one in made:
+        assert [(answer.text, answer.score) for answer in one.responses] == [("A a.", 6.0), ("b.", 3.0), ("b.", 2.0), ("c.", 1.0)]
+        assert {"labels": one.labels, "groups": one.groups} == {"labels": (), "groups": ()} | rows and one.prefs == () and one.reference is None
+        check_record(one, place_of(one), max_pixels=1 << 20, max_bytes=1 << 20)
+
+
 def test_no_pair_at_all_and_several_processes(policy, tmp_path, monkeypatch):
     records = prepared(tmp_path / "set")
     with monkeypatch.context() as patch:
@@ -271,7 +301,7 @@ def test_identity_of_settings_and_records(policy, tmp_path):
         "per_sentence": True, "similarity": "another", "seed": 1, "noise_steps": 5, "guided": False, "gamma": 0.5,
             "max_answer_tokens": 9, "mask_scope": "text", "split_unit": "token", "stop": "full_stop",
     }  # fmt: skip
-    assert fields == changes.keys() | {"maker", "when", "batch_size", "encoder", "cache"}
+    assert fields == changes.keys() | {"maker", "when", "every", "batch_size", "encoder", "cache"}
     others = [identity(**{name: value}) for name, value in changes.items()]
     others += [identity(dtype="bfloat16"), identity(data={"answer_tokens": 64}), identity(data={"on_long_row": "drop"})]
     others += [identity(records=prepared(tmp_path / "other", RECORDS[:2], "2"))]

@@ -94,6 +94,58 @@ def test_pairs_are_few_and_spread():
     assert sorted(ends) == list(range(8))
 
 
+def labels(text, candidates, filters=OPEN):
+    found = parse(text)(candidates, filters)
+    assert not found.pairs and not found.groups and found.rows == len(found.labels)
+    return [(label.answer, label.desirable) for label in found.labels], found.refused
+
+
+def test_every_answer_by_itself_against_a_threshold():
+    assert labels("unpaired", scored(0.5, 0.2, None, 1.0)) == ([(0, True), (1, False), (3, True)], {"no verdict": 1})
+    assert labels("unpaired(0.9)", scored(0.5, 1.0)) == ([(0, False), (1, True)], {})
+    assert labels("unpaired", scored(0.5)) == ([(0, True)], {}) and labels("unpaired", []) == ([], {})
+    # at the threshold is no tie, but no distance either
+    assert labels("unpaired", scored(0.5, 0.1), Filters(gap=0.2, unfinished=True)) == ([(1, False)], {"gap too small": 1})
+
+
+def test_every_answer_by_itself_against_the_mean():
+    assert labels("unpaired(by=mean)", scored(3.0, 1.0, 2.0)) == ([(0, True), (1, False)], {"tie": 1})
+    assert labels("unpaired(by=mean)", scored(0.1, 0.1, 0.1)) == ([], {"tie": 3})
+    assert labels("unpaired(by=mean)", scored(3.0, None, 1.0)) == ([(0, True), (2, False)], {"no verdict": 1})
+
+
+def test_filters_of_answers_by_themselves():
+    texts = ("a b c d", "a  b c d", "e f g", "h", "i j k l")
+    candidates = [Candidate(text, "policy", number / 4, finished=number != 4) for number, text in enumerate(texts)]
+    found = labels("unpaired", candidates, Filters(length_ratio=2.0))
+    assert found == ([(0, False), (2, True)], {"identical texts": 1, "lengths too unlike": 1, "desirable answer is unfinished": 1})
+
+
+def test_a_group_is_the_first_answers_with_their_scores():
+    def groups(text, candidates, filters=OPEN, asked=0):
+        found = parse(text)(candidates, filters, asked)
+        assert not found.pairs and not found.labels and found.rows == len(found.groups) <= 1
+        return [one.answers for one in found.groups], found.refused
+
+    assert groups("group", scored(1.0, 0.0, 1.0)) == ([(0, 1, 2)], {})
+    assert groups("group", scored(1.0, 0.0), asked=3) == ([], {"group is not whole": 1})  # one was out of tokens
+    assert groups("group(2)", scored(None, 0.0, 1.0, 2.0), asked=5) == ([(1, 2)], {"no verdict": 1})
+    assert groups("group", scored(None, 0.0, 1.0)) == ([], {"no verdict": 1, "group is not whole": 1})
+    assert groups("group", scored(1.0)) == ([], {"group is not whole": 1})
+    assert groups("group", scored(1.0, 1.0)) == ([], {"tie": 1})
+    assert groups("group", scored(1.0, 0.5), Filters(gap=0.6)) == ([], {"gap too small": 1})
+    same = [Candidate("a cup", "policy", 1.0), Candidate("a  cup", "policy", 0.5)]
+    assert groups("group", same) == ([], {"identical texts": 1})
+    assert groups("group", [*same, Candidate("a cup on it", "policy", 0.0)], Filters(length_ratio=2.0)) == ([(0, 1, 2)], {})
+    assert groups("group", [*same, Candidate("a cup on a table", "policy", 0.0)], Filters(length_ratio=2.0)) == ([], {"lengths too unlike": 1})
+
+
+def test_how_many_answers_a_selector_takes():
+    least = {"best_worst": 2, "unpaired": 1, "unpaired(by=mean)": 2, "group": 2, "group(5)": 5}
+    assert {text: parse(text).least for text in least} == least
+    assert [parse(text).makes for text in ("all_pairs", "unpaired", "group")] == ["prefs", "labels", "groups"]
+
+
 def test_mistakes():
     with pytest.raises(UserError, match="config.build.selector: no selector 'best_wurst'. Did you mean best_worst?"):
         parse("best_wurst", "config.build.selector")

@@ -158,6 +158,9 @@ def test_a_source_that_lacks_its_settings_is_named(ask):
         ({"selector": "by_source", "sources": ("policy",)}, "config.samples.sources: by_source sets answers of a source above"),
         ({"selector": "by_source", "sources": ("policy", "black"), "gap": 1.0}, "config.samples.gap: by_source does not go by scores"),
         ({"selector": "all_pairs", "scorers": ("exact",), "sources": ("swap",), "synonyms": "TABLE"}, "config.samples.count: one answer"),
+        ({"selector": "unpaired"}, "config.samples.scorers: unpaired goes by scores"),
+        ({"selector": "unpaired(by=mean)", "scorers": ("exact",), "count": 1}, "config.samples.count: one answer is compared with nothing"),
+        ({"selector": "group(3)", "scorers": ("exact",)}, r"config.samples.count: group takes 3 answers, of 2 that are asked for"),
         ({"selector": "reference_against_own", "sources": ("swap",)}, "config.samples.synonyms: the source swap looks words up"),
         ({"selector": "reference_against_own", "sources": ("edit",)}, "config.judge.url: the source edit asks"),
     ],
@@ -174,4 +177,11 @@ def test_what_is_asked_between_steps(policy):
     late = Config(pairs=PairsConfig(when="online"), samples=SamplesConfig(scorers=("exact",), sources=("policy", "dataset")))
     with pytest.raises(UserError, match="config.samples.sources: dataset gives answers before training"):
         check_settings(late, policy.processor, of_samples=False)
+    for selector, what in (("unpaired", "labelled answers"), ("group", "groups")):
+        online = Config(pairs=PairsConfig(when="online"), samples=SamplesConfig(scorers=("exact",), selector=selector))
+        with pytest.raises(UserError, match=f"config.samples.selector: {selector} makes {what}, which train offline"):
+            check_settings(online, policy.processor, of_samples=False)
+        check_settings(dataclasses.replace(online, pairs=PairsConfig()), policy.processor, of_samples=False)
     check_settings(Config(samples=SamplesConfig(count=1, sources=("dataset",), scorers=("exact",))), policy.processor, of_samples=False)
+    one = SamplesConfig(count=1, scorers=("exact",), selector="unpaired")  # it is compared with the threshold
+    check_settings(Config(samples=one), policy.processor, of_samples=False)
