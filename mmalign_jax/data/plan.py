@@ -159,10 +159,11 @@ def _check_form(record: PreferenceRecord, reads: str, answers: int) -> None:
 
 def _group_size(records: Records) -> int:
     """How many answers the first group has."""
-    for index in range(len(records)):
-        _check_form(records[index], "groups", 1)
-        return len(records[index].groups[0].answers)
-    return 0
+    if not len(records):
+        return 0
+    first = records[0]
+    _check_form(first, "groups", 1)
+    return len(first.groups[0].answers)
 
 
 def _rows(

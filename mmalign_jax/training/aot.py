@@ -154,9 +154,9 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, objective: lo
         return jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=mesh_lib.sharding(mesh, *axes))
 
     sampled, cached = Need.SAMPLED in objective.needs, kind.kind == "cached"
-    grouped = sampled or objective.reads == "groups"
-    answers = config.samples.count if grouped else objective.answers
-    answer = config.samples.max_tokens if grouped else answer
+    # what `samples` draws, unless the rows are those of a set with limits of their own
+    answers = config.samples.count if sampled or objective.reads == "groups" else objective.answers
+    answer = config.samples.max_tokens if sampled else answer
     row = (prefix + answers * answer,)
     other = "other_images" in views.parse(objective.view).needs if objective.view else False
     batch = PairBatch(

@@ -9,13 +9,16 @@ from helpers.commands import ROOT, launch
 
 from mmalign_jax import config, config_files, losses
 from mmalign_jax.errors import UserError
+from mmalign_jax.hf.adapters import with_adapter
 from mmalign_jax.hf.import_ import read_config
 from mmalign_jax.mesh import make_mesh
 from mmalign_jax.models.params import abstract_params
 from mmalign_jax.models.presets import preset
 from mmalign_jax.training import aot
 from mmalign_jax.training.aot import compile_step
+from mmalign_jax.training.optimizer import make_optimizer
 from mmalign_jax.training.reference import Reference
+from mmalign_jax.training.trainable import Trainable
 
 # libtpu lends its compiler only: it must not look for a TPU, and other test processes may hold it too
 QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -108,6 +111,21 @@ def test_lora_keeps_the_base_once_and_trains_the_factors(replicated, sizes):
     factors = 2 * 8 * ((128 + 256) + 2 * (128 + 128) + (256 + 128) + 3 * (128 + 256))
     assert lora.state_bytes == pytest.approx(2 * base + 12 * factors, rel=0.01)
     assert lora.argument_bytes - lora.state_bytes < 0.1 * base < replicated.argument_bytes - replicated.state_bytes
+
+
+def test_an_older_policy_that_makes_pairs_is_counted(sizes):
+    """It is a float32 copy of what trains, with LoRA of the factors alone."""
+
+    def state(**changes):
+        c = settings(**{"lora.rank": 8, "pairs.maker": "bdhs", "pairs.when": "online", **changes})
+        some, objective = with_adapter(c, sizes), losses.build("dpo")
+        kind, optimizer = Reference.of(c, Trainable.of(c, some), objective), make_optimizer(c.optimizer, c.train.steps)
+        return aot._abstract_arguments(c, some, make_mesh(), optimizer, objective, kind)[0]
+
+    now, old = state(), state(**{"pairs.every": 4})
+    assert now.sampler == {} and old.sampler == now.params == old.params
+    assert all(leaf.dtype == "float32" for leaf in jax.tree.leaves(old.sampler))
+    assert sum(leaf.size for leaf in jax.tree.leaves(old.sampler)) < 0.1 * sum(leaf.size for leaf in jax.tree.leaves(old.frozen))
 
 
 @pytest.mark.parametrize("topology, message", [("h100:8", "is not known; give a chip and its grid"), ("v5e:3x7x2", "such as v5e:8x8")])
