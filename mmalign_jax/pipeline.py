@@ -175,9 +175,9 @@ class _Run:
 
     def _pairs(self, records: builder.RecordSource, config: Config) -> builder.RecordSource:
         """Pairs for all records, made by the model that training starts from."""
-        rows = parse_selector(config.samples.selector).rows_in_words
-        what = {"bdhs": "rejected answers (BDHS)", "samples": f"{rows} of the model's own answers"}
-        title = f"Making {what[config.pairs.maker]} for {len(records)} records"
+        own = config.pairs.maker == "samples"
+        what = f"{parse_selector(config.samples.selector).rows_in_words} of the model's own answers" if own else "rejected answers (BDHS)"
+        title = f"Making {what} for {len(records)} records"
         if config.pairs.cache:
             made = make_cached(self.policy, records, config, self.console, title)
             self.console.line(f"Pairs in {made.prepared.dir}" + (", made before" if made.prepared.reused else ""))

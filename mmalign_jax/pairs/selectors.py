@@ -7,6 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
+from mmalign_jax.errors import UserError
 from mmalign_jax.pairs.calls import Choice, Number, Table, Value
 from mmalign_jax.types import FORMS, Group, Label, Preference
 
@@ -159,9 +160,11 @@ def parse(text: str, where: str = "selector") -> Selector:
     """Reads a selector, such as "best_worst" or "correct_against_incorrect(0.5,most=4)".
 
     Raises:
-      UserError: see `calls.Table.read`.
+      UserError: see `calls.Table.read`; or groups of one answer are asked for.
     """
     name, values = _TABLE.read(text, where)
+    if name == "group" and values["size"] == 1:
+        raise UserError(f"{where}: group: one answer is ranked with nothing; size is 0 (all that are asked for) or at least 2")
     return Selector(name, tuple(values.items()))
 
 

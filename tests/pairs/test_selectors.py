@@ -151,3 +151,7 @@ def test_mistakes():
         parse("best_wurst", "config.build.selector")
     with pytest.raises(UserError, match="all_pairs: most must be a whole number"):
         parse("all_pairs(-1)")
+    with pytest.raises(UserError, match="config.s: group: one answer is ranked with nothing"):
+        parse("group(1)", "config.s")
+    with pytest.raises(UserError, match="unpaired: by must be threshold or mean"):
+        parse("unpaired(by=median)")

@@ -16,6 +16,7 @@ SETTINGS = {
 }  # fmt: skip
 KINDS = {
     "grpo": {},
+    "grpo of an older policy": {"pairs.every": 4},  # checkpoints are in the middle of a window, too
     "ppo": {"objective.name": "ppo", "train.updates": 2},
     "mixed": {"objective.name": "dpo", "samples.offline_share": 0.5, "samples.offline_pairs": "bdhs"},
 }
