@@ -62,7 +62,8 @@ def _print(made: OfflinePairs, console: Console) -> None:
     by_iteration, refused, asked = plain.pop("by_iteration", {}), plain.pop("refused", {}), plain.pop("asked", {})
     if isinstance(made.statistics, SampleStatistics):
         plain["score"] = made.statistics.mean_score
-    cells = [(made.rows if name == "pairs" else name, f"{value:g}") for name, value in plain.items()] + [("records left out", str(len(made.left_out)))]
+    cells = [(made.rows if name == "pairs" else name, f"{value:g}") for name, value in plain.items()]
+    cells += [("records left out", str(len(made.left_out)))]
     cells += [(f"ended in iteration {number}", str(count)) for number, count in by_iteration.items()]
     cells += [(f"refused: {reason}", str(count)) for reason, count in refused.items()]
     cells += [(name, str(count)) for name, count in asked.items()]
