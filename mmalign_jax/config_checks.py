@@ -14,9 +14,9 @@ def check_across(config: Config) -> None:
         raise UserError("config.monitor.every: config.stop reads what the monitor measures; set it between 1 and config.train.steps")
     if config.stop.patience and not config.eval.probe_every:
         raise UserError("config.eval.probe_every: config.stop.patience counts probes; set how often they are made")
-    _check_samples(config)
     if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.reads != "prefs":
         raise UserError(f"config.pairs.when: {config.objective.name} reads {FORMS[config.objective.reads]}, which are made offline; use offline")
+    _check_samples(config)
     if config.pairs.maker != "none" and config.pairs.when == "online" and config.objective.answers < 2 and not config.objective.of_samples:
         raise UserError(
             f"config.pairs.when: {config.objective.name} reads no rejected answers, so online pairs have no use; set config.pairs.maker to none"

@@ -19,7 +19,7 @@ def column(*values):
     return jnp.concatenate([jnp.array(one) for one in values])[:, None]
 
 
-def labelled(desirable, z=3.0):
+def labelled(desirable, z=0.3):
     """The golden pairs' answers, chosen and then rejected ones, a row each; the mismatched answers' log-ratios are `z` nats."""
     count = len(desirable)
     answers = AnswerLogps(column(LP_W, LP_L), column(LEN_W, LEN_L), column(REF_W, REF_L))
@@ -34,8 +34,8 @@ def test_kto_of_single_answers_has_the_golden_numbers():
     rewards = 0.1 * np.array([2, -1.5, -0.25, -1, 1.5, 1.25])
     np.testing.assert_allclose(metrics["rewards/desirable"], rewards[:3].mean(), rtol=1e-5)
     np.testing.assert_allclose(metrics["rewards/undesirable"], rewards[3:].mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics["rewards/baseline"], 0.3, rtol=1e-5)
-    np.testing.assert_allclose(metrics["rewards/accuracies"], np.mean([*(rewards[:3] > 0.3), *(rewards[3:] < 0.3)]))
+    np.testing.assert_allclose(metrics["rewards/baseline"], 0.03, rtol=1e-5)
+    np.testing.assert_allclose(metrics["rewards/accuracies"], np.mean([*(rewards[:3] > 0.03), *(rewards[3:] < 0.03)]))
     assert metrics["labels/desirable"] == 0.5
     weighted, _ = losses.build("kto_unpaired", desirable_weight=2.0, undesirable_weight=0.5)(stats)
     np.testing.assert_allclose(weighted, np.repeat([2.0, 0.5], 3) * loss, rtol=1e-6)
@@ -46,7 +46,7 @@ def test_kto_of_single_answers_has_the_golden_numbers():
 
 
 def test_two_labelled_rows_are_a_pair_of_kto():
-    z = jnp.full(3, 3.0)
+    z = jnp.full(3, 0.3)
     of_pairs, _ = losses.build("kto")(golden(policy_mismatched=z, reference_mismatched=jnp.zeros(3)))
     of_rows, _ = losses.build("kto_unpaired")(labelled([True] * 3 + [False] * 3))
     np.testing.assert_allclose(of_rows[:3] + of_rows[3:], of_pairs, rtol=1e-6)
