@@ -40,7 +40,7 @@ def _text(report: AotReport) -> str:
     gib = lambda size: f"{size / GIB:8.2f} GiB"  # noqa: E731
     verdict = "fits" if report.fits else "DOES NOT FIT"
     return (
-        f"{report.topology}, {report.devices} devices, {report.prefix_slots} prefix and {report.answer_slots} answer slots: {verdict}\n"
+        f"{report.topology}, {report.devices} devices, {report.prefix_slots} prefix and {report.answer_slots} answer slots, attention by {report.attention}: {verdict}\n"
         f"  needed per device {gib(report.hbm_bytes_per_device)}  of {gib(report.hbm_limit_bytes)}\n"
         f"  arguments         {gib(report.argument_bytes)}  (state {gib(report.state_bytes)}, reused for the new state {gib(report.aliased_bytes)})\n"
         f"  temporaries       {gib(report.temp_bytes)}\n"

@@ -41,6 +41,12 @@ class ModelConfig:
         help="parts whose own weights do not train: vision_tower, projector, decoder. auto: the tower, with LoRA all three. A score head always "
         "trains",
     )
+    attention: str = setting(
+        "auto",
+        choices=("auto", "blocks", "splash", "cudnn"),
+        help="what computes the attention of whole rows: splash (TPU), cudnn (CUDA GPU), or blocks of queries, which can everywhere. auto: see "
+        "models.implementation",
+    )
     remat: str = setting("none", choices=("none", "dots", "block", "offload"), help="what is computed again in the backward pass, see models.remat")
 
 

@@ -17,6 +17,7 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.hf.adapters import with_adapter
 from mmalign_jax.losses import Need
 from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.models.implementation import Attention
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import abstract_params, param_shardings
 from mmalign_jax.models.tree import split
@@ -43,6 +44,7 @@ class AotReport:
     devices: int
     prefix_slots: int
     answer_slots: int
+    attention: str
     hbm_bytes_per_device: int
     hbm_limit_bytes: int
     fits: bool
@@ -67,7 +69,8 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
     kind = Reference.of(config, Trainable.of(config, sizes), objective)
     state, reference, batch = _abstract_arguments(config, sizes, mesh, optimizer, objective, kind)
     dtype = mesh_lib.compute_dtype(config.model.compute_dtype, "tpu")
-    model = Mllm(sizes, (0.5,) * 3, (0.5,) * 3, dtype, remat=config.model.remat)
+    attention = Attention(config.model.attention, "tpu")
+    model = Mllm(sizes, (0.5,) * 3, (0.5,) * 3, dtype, remat=config.model.remat, attention=attention)
     loss = LossFunction(model, dataclasses.replace(objective, reference_free=kind.free), config.train.redraw_views == "epoch")
     schedule = make_schedule(config.optimizer, config.train.steps)
     step = make_train_step(loss, optimizer, schedule, follow=kind.follow, updates=config.train.updates)
@@ -81,6 +84,7 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
         devices=mesh.size,
         prefix_slots=batch.prefix_slots,
         answer_slots=batch.answer_slots,
+        attention=model.attention_of(batch.prefix_slots, batch.answer_slots, batch.answers),
         hbm_bytes_per_device=used,
         hbm_limit_bytes=limit,
         fits=used <= limit,
