@@ -26,6 +26,7 @@ from mmalign_jax.evaluation.generate import Generator
 from mmalign_jax.files import write_json
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.losses import Need
+from mmalign_jax.models.remat import least
 from mmalign_jax.pairs.answers import check_settings as check_answers
 from mmalign_jax.pairs.answers import plan_answers
 from mmalign_jax.pairs.offline import make_cached, make_offline, plan_sampler
@@ -86,7 +87,7 @@ def _policy(config: Config, workdir: Path, console: Console) -> Pretrained:
         first_process_first("initial_model", lambda: path.exists() or write_initial(path, seed=config.train.seed))
     elif not config.model.path:
         raise UserError("config.model.path: give the directory of a Hugging Face model")
-    how = {"remat": config.model.remat, "attention": config.model.attention}
+    how = {"remat": least(config.model.remat), "attention": config.model.attention}
     policy = Pretrained.read(path, mesh, config.model.compute_dtype, **how).adapted(config)
     devices = f"{mesh.size} {jax.devices()[0].device_kind} devices, mesh {dict(mesh.shape)}"
     console.line(f"Model {path}; {devices}, compute {policy.model.dtype}")

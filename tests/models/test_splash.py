@@ -14,6 +14,7 @@ from mmalign_jax.models import splash
 from mmalign_jax.models.attention import Regions, attend, packed_mask
 from mmalign_jax.types import PAD
 
+
 def both(c, regions, used, width):
     """(mixed values where there is no padding, gradients) by the kernel and by blocks."""
     qkv, role, positions = rows(regions, used, width)
