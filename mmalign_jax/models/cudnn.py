@@ -49,22 +49,23 @@ def _of_device(causal, regions: Regions, query: Array, key: Array, value: Array,
     prefix, answer = regions.prefix, regions.answer
     answers = (slots - prefix) // max(answer, 1)
     if answers == 0:
-        return causal(query, key, value)
+        even = lambda x: jnp.pad(x, ((0, 0), (0, slots % 2), (0, 0), (0, 0)))  # noqa: E731
+        return causal(even(query), even(key), even(value))[:, :slots]
     used = jnp.sum(there[:, :prefix], axis=1)
-    # a row's sequences side by side: [B K, P + R, H, E]
-    sequences = (sequence for x in (query, key, value) for sequence in [_closed_up(x, used, prefix, answer, answers)])
-    mixed = causal(*sequences).reshape(rows, answers, prefix + answer, *query.shape[2:])
+    sequences = [_closed_up(x, used, prefix, answer, answers) for x in (query, key, value)]
+    mixed = causal(*sequences).reshape(rows, answers, -1, *query.shape[2:])
     # slots of the prefix behind its end hold an answer's tokens here, and nobody reads them there
     behind = jax.vmap(lambda x, start: jax.lax.dynamic_slice_in_dim(x, start, answer, axis=1))(mixed, used)
     return jnp.concatenate([mixed[:, 0, :prefix], behind.reshape(rows, answers * answer, *query.shape[2:])], axis=1)
 
 
 def _closed_up(x: Float[Array, "B T H E"], used: Int[Array, " B"], prefix: int, answer: int, answers: int) -> Float[Array, "C t H E"]:
-    """Prefix and answer of every answer, the answer where the prefix' tokens end; C = B K, t = P + R."""
+    """Prefix and answer of every answer, the answer where the prefix' tokens end; C = B K. t is P + R, or one more: jax wants it even."""
+    total = prefix + answer + (prefix + answer) % 2
 
     def of_row(x: Float[Array, "T H E"], used: Int[Array, ""]) -> Float[Array, "K t H E"]:
         own = x[prefix:].reshape(answers, answer, *x.shape[1:])
-        room = jnp.concatenate([x[:prefix], jnp.zeros((answer, *x.shape[1:]), x.dtype)])
+        room = jnp.pad(x[:prefix], ((0, total - prefix), (0, 0), (0, 0)))
         return jax.vmap(lambda one: jax.lax.dynamic_update_slice_in_dim(room, one, used, axis=0))(own)
 
-    return jax.vmap(of_row)(x, used).reshape(-1, prefix + answer, *x.shape[2:])
+    return jax.vmap(of_row)(x, used).reshape(-1, total, *x.shape[2:])

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 from helpers.checkpoints import tiny_llava
 from helpers.tiny import MIXED, Tiny, batch_of
@@ -83,7 +84,7 @@ def test_a_model_refuses_and_its_prefill_goes_by_blocks(tmp_path):
     tiny = Tiny.load(tiny_llava(tmp_path, layout="memory"))
     batch = batch_of(MIXED, tiny.processor)
     model = dataclasses.replace(tiny.model, attention=Attention("splash", "cpu"))
-    features = model.encode_images(tiny.params, batch.images)
+    run = lambda how: jax.eval_shape(lambda params: how(params, model.encode_images(params, batch.images), batch), tiny.params)  # noqa: E731
     with pytest.raises(UserError, match="config.model.attention: splash runs on the platform tpu"):
-        model.hidden(tiny.params, features, batch)
-    assert model.prefill(tiny.params, features, batch).hidden.shape[:2] == batch.tokens.shape
+        run(model.hidden)
+    assert run(model.prefill).hidden.shape[:2] == batch.tokens.shape

@@ -36,14 +36,15 @@ def both(c, regions, used, width):
 
 
 @pytest.mark.parametrize(
-    ("regions", "changes", "width"),
+    ("regions", "changes", "width", "block"),
     [
-        (REGIONS, {}, 64),
-        pytest.param(REGIONS, {"attention_softcap": 3.0, "query_scale": 0.2}, 16, marks=pytest.mark.nightly),
-        pytest.param(dataclasses.replace(REGIONS, causal=False), {}, 160, marks=pytest.mark.nightly),
+        (REGIONS, {}, 64, 128),
+        pytest.param(REGIONS, {"attention_softcap": 3.0, "query_scale": 0.2}, 16, 384, marks=pytest.mark.nightly),
+        pytest.param(dataclasses.replace(REGIONS, causal=False), {}, 160, 128, marks=pytest.mark.nightly),
     ],
 )
-def test_the_kernel_gives_what_blocks_give(regions, changes, width):
+def test_the_kernel_gives_what_blocks_give(monkeypatch, regions, changes, width, block):
+    monkeypatch.setattr(splash, "block_size", lambda regions, slots: (block, 384))
     for found, expected in both(config(head_width=width, **changes), regions, USED, width):
         assert float(jnp.abs(expected).max()) > 0.1
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
@@ -60,10 +61,10 @@ def test_the_static_mask_is_the_mask_of_rows_without_padding(causal):
     assert splash.static_mask(Regions(10, 6, causal), 10, 10).sum() == (55 if causal else 100)
 
 
-def test_large_blocks_where_they_hide_as_much():
-    assert splash.block_size(Regions(704, 352, True), 1408) == (128, 1408)
-    size, padded = splash.block_size(Regions(4096, 512, True), 5120)
-    assert size == 512 and padded == 5120
+def test_large_blocks_where_they_hide_nearly_as_much():
+    assert splash.block_size(Regions(704, 352, True), 1408) == (512, 1536)
+    assert splash.block_size(Regions(4096, 512, True), 5120) == (512, 5120)
+    assert splash.block_size(Regions(704, 128, True), 1728) == (384, 1920)
     assert splash.block_size(Regions(20, 10, True), 40) == (128, 128)
 
 
