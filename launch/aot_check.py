@@ -2,7 +2,8 @@
 
     TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python launch/aot_check.py --config configs/llava15_7b_dpo.py --topology v5e:8x8 --json
 
-Exit code 0 when it fits, 1 when it does not, 2 for a mistake in config or flags.
+With `--config.model.remat=auto` it says which remat fits. Exit code 0 when it fits, 1 when it does not, 2 for a mistake in config or flags,
+and where the compiler itself gives up for want of memory.
 """
 
 import dataclasses

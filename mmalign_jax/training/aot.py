@@ -61,7 +61,7 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
     """Compiles the step of `config` for `slices` slices of `topology` (such as "v5e:8x8").
 
     Raises:
-      UserError: unknown topology, no TPU compiler here, or a mesh that the topology does not have.
+      UserError: unknown topology, no TPU compiler here, a mesh that the topology does not have, or no room for the step.
     """
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=_devices(topology, slices))
     mesh_lib.check_batch(mesh, config.train.batch_size // config.train.accumulate)

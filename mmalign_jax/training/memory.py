@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 
+from mmalign_jax.errors import UserError
 from mmalign_jax.models.remat import AUTO, POLICIES
 from mmalign_jax.types import PairBatch, TrainState
 
@@ -75,17 +76,17 @@ def fitting(lower: Callable[[str], Lowered], names: Sequence[str], limit: int) -
       lower: the step with a remat of this name.
 
     Raises:
-      jax.errors.JaxRuntimeError: the compiler finds no room for any of them, or fails otherwise.
+      UserError: the compiler itself finds no room for any of them.
     """
     tried: dict[str, int | None] = {}
     best: tuple[str, Compiled, Needs] | None = None
-    for number, name in enumerate(names):
+    for name in names:
         try:
             compiled = lower(name).compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or (best is None and number == len(names) - 1):
+            if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            tried[name] = None
+            tried[name], refusal = None, " ".join(str(error).split())[:300]
             continue
         needs = Needs.of(compiled)
         tried[name] = needs.total
@@ -93,6 +94,11 @@ def fitting(lower: Callable[[str], Lowered], names: Sequence[str], limit: int) -
             best = (name, compiled, needs)
         if needs.total <= limit:
             break
+    if best is None:
+        raise UserError(
+            f"config.model.remat: the compiler finds no room for a step with {' or '.join(names)}: fewer rows at a time "
+            f"(config.train.batch_size, accumulate), more devices or another remat. It says: {refusal}"
+        )
     return Fitting(*best, tried, limit, best[2].total <= limit)
 
 

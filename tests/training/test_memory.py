@@ -11,6 +11,7 @@ from helpers.checkpoints import tiny_llava
 from helpers.tiny import FROZEN_TOWER, MIXED, Tiny, batch_of
 
 from mmalign_jax import losses
+from mmalign_jax.errors import UserError
 from mmalign_jax.mesh import make_mesh
 from mmalign_jax.models.remat import POLICIES
 from mmalign_jax.training import memory
@@ -48,8 +49,8 @@ def test_what_the_compiler_refuses_does_not_fit():
     found = fitting(lambda name: program(name, refused=("none", "block")), candidates("auto"), 100)
     assert found.remat == "dots" and found.tried == {"none": None, "dots": needs("dots"), "block": None}
     assert "(none: too much, block: too much)" in found.in_words()
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-        fitting(lambda name: program(name, refused=("block",)), ("block",), 100)
+    with pytest.raises(UserError, match="config.model.remat: .* no room for a step with none or block: .* RESOURCE_EXHAUSTED: Ran out"):
+        fitting(lambda name: program(name, refused=("none", "block")), ("none", "block"), 100)
 
     def broken(name):
         raise jax.errors.JaxRuntimeError("INTERNAL: something else")
