@@ -91,8 +91,8 @@ def local_layers(config: DecoderConfig) -> np.ndarray:
     return np.array(config.local_layers or (True,) * config.layers)
 
 
-def _choose(local: Bool[Array, ""] | np.bool_, here: Array | None, elsewhere: Array | None) -> Array:
-    """`here` in windowed layers. Where only one of the two is given, all layers are of one kind."""
+def _choose(local: Bool[Array, ""] | np.bool_, here: Array | None, elsewhere: Array | None) -> Array | None:
+    """`here` in windowed layers. Where only one of the two is given, all layers are of one kind; none, where a kernel needs none."""
     if here is None or elsewhere is None:
         return elsewhere if here is None else here
     return jnp.where(local, here, elsewhere)
