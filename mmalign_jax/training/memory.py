@@ -65,7 +65,10 @@ class Fitting:
 
 
 def candidates(remat: str) -> tuple[str, ...]:
-    """What `config.model.remat` lets the choice be between, cheapest first. `offload` is left to those who ask for it: see `models.remat`."""
+    """What `config.model.remat` lets the choice be between, cheapest first.
+
+    Not `offload`: it keeps on the device about what `block` does, and nobody knows yet whether it is faster.
+    """
     return tuple(name for name in POLICIES if name != "offload") if remat == AUTO else (remat,)
 
 
