@@ -67,7 +67,7 @@ class Fitting:
 def candidates(remat: str) -> tuple[str, ...]:
     """What `config.model.remat` lets the choice be between, cheapest first.
 
-    Not `offload`: it keeps on the device about what `block` does, and nobody knows yet whether it is faster.
+    Not `offload`, of which neither memory nor speed were measured yet.
     """
     return tuple(name for name in POLICIES if name != "offload") if remat == AUTO else (remat,)
 
