@@ -67,7 +67,7 @@ class Fitting:
 def candidates(remat: str) -> tuple[str, ...]:
     """What `config.model.remat` lets the choice be between, cheapest first.
 
-    Not `offload`, of which neither memory nor speed were measured yet.
+    Not `offload`, which takes minutes to compile, and was not run yet.
     """
     return tuple(name for name in POLICIES if name != "offload") if remat == AUTO else (remat,)
 
