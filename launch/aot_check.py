@@ -2,7 +2,8 @@
 
     TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu python launch/aot_check.py --config configs/llava15_7b_dpo.py --topology v5e:8x8 --json
 
-Exit code 0 when it fits, 1 when it does not, 2 for a mistake in config or flags.
+With `--config.model.remat=auto` it says which remat fits. Exit code 0 when it fits, 1 when it does not, 2 for a mistake in config or flags,
+and where the compiler itself gives up for want of memory.
 """
 
 import dataclasses
@@ -20,7 +21,8 @@ from mmalign_jax.config import Config
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.import_ import read_config
 from mmalign_jax.models.presets import preset
-from mmalign_jax.training.aot import GIB, AotReport, compile_step
+from mmalign_jax.training.aot import AotReport, compile_step
+from mmalign_jax.training.memory import GIB
 
 
 def main(config: Config) -> int:
@@ -41,11 +43,19 @@ def _text(report: AotReport) -> str:
     verdict = "fits" if report.fits else "DOES NOT FIT"
     return (
         f"{report.topology}, {report.devices} devices, {report.prefix_slots} prefix and {report.answer_slots} answer slots: {verdict}\n"
+        f"  attention by {report.attention}, remat {report.remat}{_others(report)}\n"
         f"  needed per device {gib(report.hbm_bytes_per_device)}  of {gib(report.hbm_limit_bytes)}\n"
         f"  arguments         {gib(report.argument_bytes)}  (state {gib(report.state_bytes)}, reused for the new state {gib(report.aliased_bytes)})\n"
         f"  temporaries       {gib(report.temp_bytes)}\n"
         f"  compiled in {report.compile_s:.0f} s"
     )
+
+
+def _others(report: AotReport) -> str:
+    """What other remats of remat=auto would need."""
+    others = {name: size for name, size in report.remat_tried.items() if name != report.remat}
+    words = ", ".join(f"{name}: " + ("too much to compile" if size is None else f"{size / GIB:.2f} GiB") for name, size in others.items())
+    return f" ({words})" if words else ""
 
 
 if __name__ == "__main__":

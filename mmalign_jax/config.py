@@ -41,7 +41,18 @@ class ModelConfig:
         help="parts whose own weights do not train: vision_tower, projector, decoder. auto: the tower, with LoRA all three. A score head always "
         "trains",
     )
-    remat: str = setting("none", choices=("none", "dots", "block", "offload"), help="what is computed again in the backward pass, see models.remat")
+    attention: str = setting(
+        "auto",
+        choices=("auto", "blocks", "splash", "cudnn"),
+        help="what computes the attention of whole rows: splash (TPU), cudnn (CUDA GPU), or blocks of queries, which can everywhere. auto: see "
+        "models.implementation",
+    )
+    remat: str = setting(
+        "none",
+        choices=("none", "dots", "block", "offload", "auto"),
+        help="what is computed again in the backward pass, see models.remat. auto: none, dots or block, the first whose step fits memory_gib",
+    )
+    memory_gib: float = setting(0.0, min=0.0, help="memory of a device that remat=auto may fill; 0: all that it has, on a CPU the machine's")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,6 +109,14 @@ def reshape(x: jax.Array, shape: tuple[int, ...], *axes: str | None) -> jax.Arra
     return jax.numpy.reshape(x, shape, out_sharding=out_sharding(*axes))
 
 
+def platform(mesh: Mesh) -> str:
+    """What the mesh' devices are: "cpu", "tpu", "cuda" or "rocm"."""
+    device = mesh.devices.flat[0]
+    if device.platform != "gpu":
+        return device.platform
+    return "rocm" if "rocm" in device.client.platform_version.lower() else "cuda"
+
+
 def compute_dtype(setting: str, platform: str) -> str:
     """The type that a setting asks for on a platform ("cpu", "gpu", "tpu"): "auto" is float32 on CPU and bfloat16 on accelerators."""
     if setting != "auto":

@@ -26,6 +26,7 @@ from mmalign_jax.evaluation.generate import Generator
 from mmalign_jax.files import write_json
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.losses import Need
+from mmalign_jax.models.remat import least
 from mmalign_jax.pairs.answers import check_settings as check_answers
 from mmalign_jax.pairs.answers import plan_answers
 from mmalign_jax.pairs.offline import make_cached, make_offline, plan_sampler
@@ -86,7 +87,8 @@ def _policy(config: Config, workdir: Path, console: Console) -> Pretrained:
         first_process_first("initial_model", lambda: path.exists() or write_initial(path, seed=config.train.seed))
     elif not config.model.path:
         raise UserError("config.model.path: give the directory of a Hugging Face model")
-    policy = Pretrained.read(path, mesh, config.model.compute_dtype, remat=config.model.remat).adapted(config)
+    how = {"remat": least(config.model.remat), "attention": config.model.attention}
+    policy = Pretrained.read(path, mesh, config.model.compute_dtype, **how).adapted(config)
     devices = f"{mesh.size} {jax.devices()[0].device_kind} devices, mesh {dict(mesh.shape)}"
     console.line(f"Model {path}; {devices}, compute {policy.model.dtype}")
     return policy
@@ -312,6 +314,9 @@ class _Run:
                     f"  {len(bucket.members)} rows of {shape.prefix_slots} + {shape.answers} x {shape.answer_slots} tokens, {shape.images} images"
                     f" of up to {shape.canvas[0]} x {shape.canvas[1]} pixels{patches}; {bucket.padding_fraction:.0%} padding"
                 )
+        shapes = [bucket.layout for bucket in plan.buckets] or [layout]
+        attention = dict.fromkeys(self.policy.model.attention_of(shape.prefix_slots, shape.answer_slots, shape.answers) for shape in shapes)
+        self.console.line(f"Attention by {' and '.join(attention)} (config.model.attention={self.config.model.attention})")
         for reason in ("dropped_long", "dropped_bad", "shortened_answer"):
             if plan.counts[reason]:
                 self.console.line(f"{plan.counts[reason]} rows {reason.replace('_', ' ')}, listed in the report")

@@ -39,7 +39,7 @@ def test_round_trip():
         ({"lora": {"rank": 4, "parts": ()}}, "config.lora: give at least one of lora.targets and one of lora.parts"),
         ({"lora": {"rank": 4}, "model": {"adapter": "a"}}, "config.lora.rank: an adapter that goes on training brings its own rank"),
         ({"optimizer": {"learning_rate": 0, "decoder_learning_rate": 1e-5}}, "config.optimizer.learning_rate: must be above 0 where parts"),
-        ({"model": {"remat": "some"}}, "config.model.remat: 'some' is not one of 'none', 'dots', 'block', 'offload'"),
+        ({"model": {"remat": "some"}}, "config.model.remat: 'some' is not one of 'none', 'dots', 'block', 'offload', 'auto'"),
         ({"eval": {"benchmarks": ("pope", "chiar")}}, "config.eval.benchmarks: 'chiar' is not one of 'pope', 'chair'"),
         ({"pairs": {"rho_th": 1.5}}, "config.pairs.rho_th: 1.5 is out of range, must be at least 0.0 and at most 1.0"),
         ({"pairs": {"eps": 0}}, "config.pairs.eps: 0.0 is out of range, must be above 0.0"),

@@ -14,6 +14,7 @@ from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.hf.processor import Processor, load_processor
 from mmalign_jax.hf.score_head import load_head
 from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.models.implementation import Attention
 from mmalign_jax.models.lora import initial_factors
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import param_shardings
@@ -40,12 +41,13 @@ class Pretrained:
     seed: int = 0
 
     @classmethod
-    def read(cls, path: Path, mesh: Mesh, compute_dtype: str = "auto", *, remat: str = "none") -> "Pretrained":
+    def read(cls, path: Path, mesh: Mesh, compute_dtype: str = "auto", *, remat: str = "none", attention: str = "auto") -> "Pretrained":
         """Reads config, tokenizer and processor.
 
         Args:
           compute_dtype: "float32", "bfloat16", or "auto", see `mesh.compute_dtype`.
           remat: see `models.remat`.
+          attention: see `models.implementation`.
 
         Raises:
           UserError: `path` is not the directory of a model that this package knows.
@@ -53,7 +55,8 @@ class Pretrained:
         sizes = read_config(path)
         processor = load_processor(path, sizes)
         dtype = mesh_lib.compute_dtype(compute_dtype, jax.default_backend())
-        return cls(path, sizes, Mllm(sizes, processor.mean, processor.std, dtype, remat=remat), processor, mesh)
+        how = {"remat": remat, "attention": Attention(attention, mesh_lib.platform(mesh))}
+        return cls(path, sizes, Mllm(sizes, processor.mean, processor.std, dtype, **how), processor, mesh)
 
     def adapted(self, config: Config) -> "Pretrained":
         """The model with the adapter and the score head that a run asks for, if it does.

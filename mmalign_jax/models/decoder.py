@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from mmalign_jax.models import cudnn
 from mmalign_jax.models.attention import Regions, attend, attend_lanes, rope_tables, rotate
 from mmalign_jax.models.config import DecoderConfig
 from mmalign_jax.models.layers import Embed, Linear, RMSNorm, activation
@@ -44,12 +45,15 @@ class LayerCache:
 class Masks:
     """Who sees whom, in full and in windowed layers; either is None where no layer needs it. `[B T T]`, or `[B S T]` of lanes.
 
-    `regions` are those of packed rows; lanes have none.
+    `regions` are those of packed rows; lanes have none. Where these and `there`, the slots that are no padding, say all of it, a kernel
+    may compute the attention: `implementation`, see `models.implementation`.
     """
 
     full: Bool[Array, "B S T"] | None
     local: Bool[Array, "B S T"] | None
     regions: Regions | None = dataclasses.field(default=None, metadata={"static": True})
+    there: Bool[Array, "B T"] | None = None
+    implementation: str = dataclasses.field(default="blocks", metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -87,8 +91,8 @@ def local_layers(config: DecoderConfig) -> np.ndarray:
     return np.array(config.local_layers or (True,) * config.layers)
 
 
-def _choose(local: Bool[Array, ""] | np.bool_, here: Array | None, elsewhere: Array | None) -> Array:
-    """`here` in windowed layers. Where only one of the two is given, all layers are of one kind."""
+def _choose(local: Bool[Array, ""] | np.bool_, here: Array | None, elsewhere: Array | None) -> Array | None:
+    """`here` in windowed layers. Where only one of the two is given, all layers are of one kind; none, where a kernel needs none."""
     if here is None or elsewhere is None:
         return elsewhere if here is None else here
     return jnp.where(local, here, elsewhere)
@@ -128,11 +132,21 @@ class _Attention(nn.Module):
                 own = (new.key, new.value)
             mixed = attend_lanes(c, query, (shared.key, shared.value), mask, (tail.key, tail.value), filled, own)
         else:
-            mixed = attend(c, query, new.key, new.value, mask, layers.masks.regions)
+            mixed = _attend_rows(c, query, new, mask, layers.masks)
             new = KeyValues(new.key.swapaxes(1, 2), new.value.swapaxes(1, 2))
         bias = (c.width,) if c.out_bias else ()
         shape, kernel_axes = (c.heads, c.head_width, c.width), ("heads", None, "embed")
         return Linear("bthe,hed->btd", shape, kernel_axes, ("batch", None, None), bias, (None,), c.lora, name="out")(mixed), new
+
+
+def _attend_rows(config: DecoderConfig, query: Float[Array, "B T H E"], own: KeyValues, mask: Array | None, masks: Masks) -> Array:
+    if masks.implementation == "blocks":
+        return attend(config, query, own.key, own.value, mask, masks.regions)
+    if masks.implementation == "cudnn":
+        return cudnn.attend(config, query, own.key, own.value, masks.there, masks.regions)
+    from mmalign_jax.models import splash  # Pallas takes a while to import, and is wanted on TPUs only
+
+    return splash.attend(config, query, own.key, own.value, masks.there, masks.regions)
 
 
 def put(tails: Float[Array, "*L B S G X E"], new: Float[Array, "*L B S G E"], index: Int[Array, ""] | Int[Array, " B"]) -> Array:

@@ -16,6 +16,7 @@ from mmalign_jax.models.attention import Regions, packed_mask, softcap
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.connector import Connector
 from mmalign_jax.models.decoder import Decoder, KeyValues, LayerCache, Masks, local_layers, put
+from mmalign_jax.models.implementation import Attention
 from mmalign_jax.models.patches import take_patches
 from mmalign_jax.models.score_head import scores
 from mmalign_jax.models.vision import VisionTower
@@ -49,6 +50,7 @@ class Mllm:
       pixel_mean, pixel_std: the processor's normalisation of pixels in [0, 1], applied on the device.
       dtype: compute type, "float32" or "bfloat16".
       remat: what of a layer is not kept for the backward pass, see `models.remat`.
+      attention: what computes `hidden`'s attention. A prefill, whose slots may be hidden, is computed by blocks.
     """
 
     config: MllmConfig
@@ -56,6 +58,7 @@ class Mllm:
     pixel_std: tuple[float, float, float]
     dtype: str = "float32"
     remat: str = "none"
+    attention: Attention = Attention()
 
     def without_adapter(self) -> "Mllm":
         """The model that reads no low-rank factors, whether there are some in a tree or not."""
@@ -83,8 +86,17 @@ class Mllm:
 
     def hidden(self, params: dict, features: Float[Array, "B F U"], batch: PairBatch) -> Float[Array, "B T D"]:
         """Last hidden states of packed rows; image features land where `image_index` says."""
+        how = self.attention_of(batch.prefix_slots, batch.answer_slots, batch.answers)
         with jax.named_scope("decoder"):
-            return self._decode_rows(params, features, batch, Decoder(self.config.decoder, self.remat), None)[0]
+            return self._decode_rows(params, features, batch, Decoder(self.config.decoder, self.remat), how)[0]
+
+    def attention_of(self, prefix_slots: int, answer_slots: int, answers: int) -> str:
+        """The implementation that computes `hidden` of rows with so many slots, see `models.implementation`.
+
+        Raises:
+          UserError: the one that `attention` asks for cannot.
+        """
+        return self.attention.of(self.config.decoder, self.dtype, self._regions(prefix_slots, answer_slots), answers)
 
     def prefill(
         self,
@@ -99,7 +111,7 @@ class Mllm:
         """
         decoder = Decoder(self.config.decoder, keep_cache=True)
         with jax.named_scope("prefill"):
-            hidden, cache = self._decode_rows(params, features, batch, decoder, visible, images_see_all)
+            hidden, cache = self._decode_rows(params, features, batch, decoder, "blocks", visible, images_see_all)
             return Prefill(hidden, jax.tree.map(tuple, cache) if are_apart(params) else cache)
 
     def empty_tail(self, cache: KeyValues, lanes: int, slots: int) -> KeyValues:
@@ -172,7 +184,13 @@ class Mllm:
         with jax.named_scope("score_head"):
             return scores(params["score_head"], hidden)
 
-    def _decode_rows(self, params: dict, features: Array, batch: PairBatch, decoder: Decoder, visible: Array | None, images_see_all: bool = False):
+    def _regions(self, prefix_slots: int, answer_slots: int) -> Regions:
+        return Regions(prefix_slots, answer_slots, causal=self.config.decoder.bidirectional == "none")
+
+    def _decode_rows(
+        self, params: dict, features: Array, batch: PairBatch, decoder: Decoder, implementation: str,
+        visible: Array | None = None, images_see_all: bool = False,
+    ):  # fmt: skip
         c, width = self.config.decoder, self.config.decoder.width
         local = local_layers(c)
         image = self._image_of(batch) if c.bidirectional == "image" else batch.image_index
@@ -181,8 +199,11 @@ class Mllm:
             hidden = {"visible": visible, "images_see_all": images_see_all}
             return packed_mask(batch.role, batch.positions, image, window=window, bidirectional=c.bidirectional, **hidden)
 
-        regions = Regions(batch.prefix_slots, batch.answer_slots, causal=c.bidirectional == "none")
-        masks = Masks(None if local.all() else mask(None), mask(c.sliding_window) if local.any() else None, regions)
+        regions = self._regions(batch.prefix_slots, batch.answer_slots)
+        if implementation == "blocks":
+            masks = Masks(None if local.all() else mask(None), mask(c.sliding_window) if local.any() else None, regions)
+        else:
+            masks = Masks(None, None, regions, batch.role != PAD, implementation)
         placed = jnp.take_along_axis(features, jnp.maximum(batch.image_index, 0)[..., None], axis=1).astype(self.dtype)
         here, deep = (batch.image_index >= 0)[..., None], None
         inputs = jnp.where(here, placed[..., :width], self._embed(params, batch.tokens))

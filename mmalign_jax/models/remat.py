@@ -8,6 +8,12 @@ import jax
 Layer = TypeVar("Layer", bound=type[nn.Module])
 
 POLICIES = ("none", "dots", "block", "offload")
+AUTO = "auto"  # a setting, no policy: the first of these that fits into the devices' memory, see `training.memory`
+
+
+def least(setting: str) -> str:
+    """The policy of a model that is made before the choice: what is compiled with it needs no more memory than the step."""
+    return "block" if setting == AUTO else setting
 
 
 def remat(layer: Layer, policy: str) -> Layer:

@@ -17,18 +17,19 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.hf.adapters import with_adapter
 from mmalign_jax.losses import Need
 from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.models.implementation import Attention
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import abstract_params, param_shardings
 from mmalign_jax.models.tree import split
 from mmalign_jax.pairs import views
 from mmalign_jax.training.loss import LossFunction
+from mmalign_jax.training.memory import GIB, ROOM, candidates, fitting
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.step import make_train_step
 from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import PairBatch, Sampled, TrainState
 
-GIB = 2**30
 # HBM of one JAX device, in bytes (a tpu7x chip is two devices)
 HBM = {"v4": 32 * GIB, "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "tpu7x": 96 * GIB}
 
@@ -37,12 +38,15 @@ PROMPT_TOKENS, ANSWER_TOKENS = 128, 352  # assumed where the config sets no limi
 
 @dataclasses.dataclass(frozen=True)
 class AotReport:
-    """Bytes a device. `aliased_bytes` of the outputs take the place of the donated state."""
+    """Bytes a device. `aliased_bytes` of the outputs take the place of the donated state; `remat_tried` as `Fitting.tried`."""
 
     topology: str
     devices: int
     prefix_slots: int
     answer_slots: int
+    attention: str
+    remat: str
+    remat_tried: dict[str, int | None]
     hbm_bytes_per_device: int
     hbm_limit_bytes: int
     fits: bool
@@ -57,7 +61,7 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
     """Compiles the step of `config` for `slices` slices of `topology` (such as "v5e:8x8").
 
     Raises:
-      UserError: unknown topology, no TPU compiler here, or a mesh that the topology does not have.
+      UserError: unknown topology, no TPU compiler here, a mesh that the topology does not have, or no room for the step.
     """
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=_devices(topology, slices))
     mesh_lib.check_batch(mesh, config.train.batch_size // config.train.accumulate)
@@ -67,26 +71,31 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
     kind = Reference.of(config, Trainable.of(config, sizes), objective)
     state, reference, batch = _abstract_arguments(config, sizes, mesh, optimizer, objective, kind)
     dtype = mesh_lib.compute_dtype(config.model.compute_dtype, "tpu")
-    model = Mllm(sizes, (0.5,) * 3, (0.5,) * 3, dtype, remat=config.model.remat)
+    attention = Attention(config.model.attention, "tpu")
+    model = Mllm(sizes, (0.5,) * 3, (0.5,) * 3, dtype, attention=attention)
     loss = LossFunction(model, dataclasses.replace(objective, reference_free=kind.free), config.train.redraw_views == "epoch")
     schedule = make_schedule(config.optimizer, config.train.steps)
-    step = make_train_step(loss, optimizer, schedule, follow=kind.follow, updates=config.train.updates)
+    options = {"follow": kind.follow, "updates": config.train.updates}
+    step = lambda remat: make_train_step(loss.with_remat(remat), optimizer, schedule, **options)  # noqa: E731
     start = time.monotonic()
-    with jax.set_mesh(mesh):
-        memory = step.lower(state, reference, batch).compile().memory_analysis()
-    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
     limit = HBM[topology.split(":")[0]]
+    room = int(config.model.memory_gib * GIB or ROOM * limit)
+    with jax.set_mesh(mesh):
+        found = fitting(lambda remat: step(remat).lower(state, reference, batch), candidates(config.model.remat), room)
     return AotReport(
         topology=topology if slices == 1 else f"{slices} x {topology}",
         devices=mesh.size,
         prefix_slots=batch.prefix_slots,
         answer_slots=batch.answer_slots,
-        hbm_bytes_per_device=used,
+        attention=model.attention_of(batch.prefix_slots, batch.answer_slots, batch.answers),
+        remat=found.remat,
+        remat_tried=found.tried,
+        hbm_bytes_per_device=found.needs.total,
         hbm_limit_bytes=limit,
-        fits=used <= limit,
-        argument_bytes=memory.argument_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
-        aliased_bytes=memory.alias_size_in_bytes,
+        fits=found.needs.total <= limit,
+        argument_bytes=found.needs.arguments,
+        temp_bytes=found.needs.temporaries,
+        aliased_bytes=found.needs.aliased,
         state_bytes=sum(_bytes_per_device(leaf) for leaf in jax.tree.leaves(state)),
         compile_s=round(time.monotonic() - start, 1),
     )

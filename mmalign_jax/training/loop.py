@@ -16,12 +16,14 @@ from mmalign_jax.data.device import to_device
 from mmalign_jax.errors import UserError
 from mmalign_jax.evaluation.held_out import metrics as held_out_metrics
 from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.models.remat import AUTO
 from mmalign_jax.models.tree import LeafPath, union
 from mmalign_jax.report.console import Console
 from mmalign_jax.report.metrics import MetricsWriter, read_metrics
 from mmalign_jax.training.checkpoint import Checkpoints, abstract_policy, abstract_state
 from mmalign_jax.training.flops import Work, mfu, step_flops
 from mmalign_jax.training.loss import LossFunction
+from mmalign_jax.training.memory import FittingStep, candidates, device_limit
 from mmalign_jax.training.monitors import Monitor
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.profile import DIRECTORY as PROFILE
@@ -97,8 +99,11 @@ def train(
     reference = Reference.of(config, rule, objective)
     with jax.set_mesh(mesh):
         like, _ = rule.split(abstract_policy(sizes, mesh))
-        options = {"rows_per_epoch": rows_per_epoch, "updates": updates}
-        step = make_train_step(loss, optimizer, schedule, follow=reference.follow, **options)
+        options = {"follow": reference.follow, "rows_per_epoch": rows_per_epoch, "updates": updates}
+        step: Callable = make_train_step(loss, optimizer, schedule, **options)
+        if config.model.remat == AUTO:
+            make = lambda remat: make_train_step(loss.with_remat(remat), optimizer, schedule, **options)  # noqa: E731
+            step = FittingStep(make, candidates(AUTO), device_limit(mesh, config.model.memory_gib), console.line)
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         profile = Profile(workdir / PROFILE, config.train.profile)
         writer = MetricsWriter(

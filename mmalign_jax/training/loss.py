@@ -50,6 +50,9 @@ class LossFunction:
     objective: losses.Objective
     redraw_views: bool = False
 
+    def with_remat(self, remat: str) -> "LossFunction":
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, remat=remat))
+
     @property
     def reads_reference(self) -> bool:
         """Whether reference log-probs must come from somewhere."""

@@ -81,6 +81,7 @@ def test_the_whole_state_is_donated(replicated):
     check(replicated)
     assert (replicated.topology, replicated.devices, replicated.prefix_slots, replicated.answer_slots) == ("v5e:2x4", 8, 32, 16)
     assert replicated.fits and replicated.hbm_limit_bytes == 16 * 2**30
+    assert (replicated.attention, replicated.remat, list(replicated.remat_tried)) == ("splash", "block", ["block"])
     # little padding: one moment that is not given away would show
     assert replicated.aliased_bytes < 1.2 * replicated.state_bytes
 
@@ -91,6 +92,15 @@ def test_the_state_is_sharded_and_the_first_moment_may_be_small(replicated, size
     # trainable parameters and two moments in float32 there, 4 + 4 + 2 bytes on an eighth here; norms are small, and the frozen tower is sharded too
     assert replicated.state_bytes / sharded.state_bytes == pytest.approx(8 * 12 / 10, rel=0.1)
     assert sharded.argument_bytes < replicated.argument_bytes / 2
+
+
+@pytest.mark.nightly
+def test_the_remat_is_chosen_for_the_topology(sizes):
+    changes = {"model.remat": "auto", "train.batch_size": 64, "data.prefix_tokens": 256, "data.answer_tokens": 128}
+    roomy, tight = (compile_step(settings(**changes, **{"model.memory_gib": gib}), sizes, "v5e:2x4") for gib in (0.0, 1e-6))
+    assert (roomy.remat, list(roomy.remat_tried)) == ("none", ["none"])
+    assert tight.remat == "block" and list(tight.remat_tried) == ["none", "dots", "block"] and tight.fits
+    assert tight.remat_tried["none"] == roomy.hbm_bytes_per_device > tight.hbm_bytes_per_device
 
 
 def test_a_long_prefix_is_full_of_tiles():

@@ -61,7 +61,7 @@ def run(base, tmp_path_factory):
     file = photographs(tmp_path_factory.mktemp("data") / "rlaif_v.parquet")
     done = launch(
         "launch/train.py", "--config", "configs/llava15_7b_dpo.py", f"--config.model.path={base}", f"--config.data.path={file}",
-        "--config.train.steps=5", "--workdir", workdir,
+        "--config.train.steps=5", "--config.model.remat=auto", "--workdir", workdir,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done, workdir
@@ -87,6 +87,8 @@ def test_the_directory_holds_everything(run, base):
     assert "Loss" in report and "Traceback" not in report
     count = len(PHOTOGRAPHS)
     assert f"{count} records of {count} rows" in done.stdout and f"{count} of {count} rows" in done.stdout
+    assert "Attention by blocks (config.model.attention=auto)" in done.stdout
+    assert done.stdout.count("Remat none: a step needs ") == 1  # the machine has room for a model this small
     assert "USER: <image>" in done.stdout and "1 images of up to 42 x 42 pixels" in done.stdout
     assert done.stderr == ""
 

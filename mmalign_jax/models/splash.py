@@ -1,0 +1,107 @@
+"""Attention of packed rows by JAX's splash kernel for TPUs (`jax.experimental.pallas.ops.tpu.splash_attention`).
+
+The mask is the same for all rows: the prefix sees itself, an answer the prefix and itself. It is known when the program is compiled, so
+blocks that it hides cost nothing. What differs between rows is padding alone, which is told by segment.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, Bool, Float
+
+from mmalign_jax import mesh
+from mmalign_jax.models.attention import Regions
+from mmalign_jax.models.config import DecoderConfig
+
+LANES = 128  # blocks are multiples of it, and so are the heads' channels beyond it
+_LARGEST = 512
+# Products of larger blocks beside those of the smallest. These are few for a step of the grid, 8 MFLOP at 128 channels; not measured
+_MOST_WASTE = 1.6
+
+
+def attend(
+    config: DecoderConfig,
+    query: Float[Array, "B T H E"],
+    key: Float[Array, "B T G E"],
+    value: Float[Array, "B T G E"],
+    there: Bool[Array, "B T"],
+    regions: Regions,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "B T H E"]:
+    """Exact grouped-query attention of packed rows; softmax in float32. Slots of padding get numbers without a meaning.
+
+    Args:
+      there: slots that are no padding.
+      interpret: without a TPU, for tests.
+    """
+    # the kernel has no factor of its own; in float32, so that a query is rounded once
+    scale = config.head_width**-0.5 if config.query_scale is None else config.query_scale
+    query = (query.astype(jnp.float32) * scale).astype(query.dtype)
+    local = functools.partial(_of_device, config.attention_softcap, regions, interpret)
+    if not mesh.active():
+        return local(query, key, value, there)
+    heads, kv_heads = mesh.spec("batch", None, "heads", None), mesh.spec("batch", None, "kv_heads", None)
+    specs = (heads, kv_heads, kv_heads, mesh.spec("batch", None))
+    # the kernel's outputs do not say over which axes they vary
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, there)
+
+
+def _of_device(softcap: float | None, regions: Regions, interpret: bool, query: Array, key: Array, value: Array, there: Array) -> Array:
+    """`attend` of one device's rows and heads, queries multiplied by their factor."""
+    slots, width = query.shape[1], query.shape[-1]
+    size, padded = block_size(regions, slots)
+    channels = width if width <= LANES else _up(width, LANES)
+    place = lambda x: jnp.pad(x, ((0, 0), (0, padded - slots), (0, 0), (0, channels - width))).swapaxes(1, 2)  # noqa: E731
+    segment = jnp.pad(there.astype(jnp.int32), ((0, 0), (0, padded - slots)))
+    blocks = {name: size for name in _BLOCKS}
+    mask = masks.MultiHeadMask([masks.NumpyMask(static_mask(regions, slots, padded))])  # one for all heads
+    kernel = kernels.make_splash_mha(
+        mask,
+        block_sizes=kernels.BlockSizes(**blocks),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+    mixed = jax.vmap(kernel)(place(query), place(key), place(value), kernels.SegmentIds(segment, segment))
+    return mixed.swapaxes(1, 2)[:, :slots, :, :width]
+
+
+_BLOCKS = (
+    "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq", "block_kv_dq",
+)  # fmt: skip
+
+
+def static_mask(regions: Regions, slots: int, padded: int) -> Bool[np.ndarray, "t t"]:
+    """Who sees whom in a row without padding. Slots behind the row, up to `padded`, see one another, so that no softmax is empty."""
+    slot = np.arange(padded)
+    part = np.where(slot < regions.prefix, 0, 1 + (slot - regions.prefix) // max(regions.answer, 1))
+    part = np.where(slot < slots, part, -1)
+    query, key = part[:, None], part[None, :]
+    earlier = slot[None, :] <= slot[:, None]
+    allowed = earlier & ((query == key) | ((key == 0) & (query > 0)))
+    return allowed if regions.causal else allowed | ((query == 0) & (key == 0))
+
+
+@functools.cache
+def block_size(regions: Regions, slots: int) -> tuple[int, int]:
+    """(side of a block, slots of a row that is a multiple of it): the largest whose blocks compute not much more than the smallest do."""
+    computed = {size: _products(regions, slots, size) for size in range(LANES, _LARGEST + 1, LANES)}
+    size = max(size for size, count in computed.items() if count <= _MOST_WASTE * computed[LANES])
+    return size, _up(slots, size)
+
+
+def _products(regions: Regions, slots: int, size: int) -> int:
+    """Products of queries and keys in the blocks that are not hidden as a whole."""
+    padded = _up(slots, size)
+    blocks = static_mask(regions, slots, padded).reshape(padded // size, size, padded // size, size)
+    return int(blocks.any(axis=(1, 3)).sum()) * size * size
+
+
+def _up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

@@ -1,0 +1,82 @@
+"""The splash kernel, interpreted, against blocks of queries, and where it is lowered for a TPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.packed import GROUPS, HEADS, REGIONS, USED, config, rows
+
+from mmalign_jax.mesh import make_mesh, sharding
+from mmalign_jax.models import splash
+from mmalign_jax.models.attention import Regions, attend, packed_mask
+from mmalign_jax.types import PAD
+
+
+def both(c, regions, used, width):
+    """(mixed values where there is no padding, gradients) by the kernel and by blocks."""
+    qkv, role, positions = rows(regions, used, width)
+    there = role != PAD
+    kind = "none" if regions.causal else "prefix"
+    mask = packed_mask(role, positions, jnp.full_like(role, -1), bidirectional=kind)
+    by_blocks = lambda *qkv: attend(c, *qkv, mask, regions)  # noqa: E731
+    by_splash = lambda *qkv: splash.attend(c, *qkv, there, regions, interpret=True)  # noqa: E731
+
+    def measure(how):
+        def read(qkv):
+            mixed = how(*qkv) * there[..., None, None]
+            return jnp.sum(jnp.sin(mixed)), mixed
+
+        grads, mixed = jax.jit(jax.grad(read, has_aux=True))(qkv)
+        return mixed, *grads
+
+    return zip(measure(by_splash), measure(by_blocks), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("regions", "changes", "width", "block"),
+    [
+        (REGIONS, {}, 64, 128),
+        pytest.param(REGIONS, {"attention_softcap": 3.0, "query_scale": 0.2}, 16, 384, marks=pytest.mark.nightly),
+        pytest.param(dataclasses.replace(REGIONS, causal=False), {}, 160, 128, marks=pytest.mark.nightly),
+    ],
+)
+def test_the_kernel_gives_what_blocks_give(monkeypatch, regions, changes, width, block):
+    monkeypatch.setattr(splash, "block_size", lambda regions, slots: (block, 384))
+    for found, expected in both(config(head_width=width, **changes), regions, USED, width):
+        assert float(jnp.abs(expected).max()) > 0.1
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_static_mask_is_the_mask_of_rows_without_padding(causal):
+    regions = Regions(10, 6, causal)
+    _, role, positions = rows(regions, ((10, 6, 6),), 1)
+    expected = packed_mask(role, positions, jnp.full_like(role, -1), bidirectional="none" if causal else "prefix")[0]
+    found = splash.static_mask(regions, 22, 32)
+    np.testing.assert_array_equal(found[:22, :22], expected)
+    assert not found[:22, 22:].any() and not found[22:, :22].any() and found.any(axis=1).all()
+    assert splash.static_mask(Regions(10, 6, causal), 10, 10).sum() == (55 if causal else 100)
+
+
+def test_large_blocks_where_they_hide_nearly_as_much():
+    assert splash.block_size(Regions(704, 352, True), 1408) == (512, 1536)
+    assert splash.block_size(Regions(4096, 512, True), 5120) == (512, 5120)
+    assert splash.block_size(Regions(704, 128, True), 1728) == (384, 1920)
+    assert splash.block_size(Regions(20, 10, True), 40) == (128, 128)
+
+
+def test_every_device_has_its_rows_and_heads():
+    """Lowered for TPUs under the mesh: a kernel sees the rows and heads of one device, and all of its slots."""
+    mesh = make_mesh(1, 2, 2, jax.devices()[:4])
+    c, regions = config(head_width=128), Regions(256, 128, True)
+    placed = functools.partial(sharding, mesh)
+    shape = lambda heads: jax.ShapeDtypeStruct((4, 512, heads, 128), jnp.bfloat16, sharding=placed("batch", None, "heads", None))  # noqa: E731
+    there = jax.ShapeDtypeStruct((4, 512), jnp.bool_, sharding=placed("batch", None))
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda q, k, v, there: splash.attend(c, q, k, v, there, regions))
+        traced = step.trace(shape(HEADS), shape(GROUPS), shape(GROUPS), there)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text and "2x2x512x128xbf16" in text
