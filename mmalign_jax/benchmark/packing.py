@@ -24,7 +24,8 @@ from mmalign_jax.report.console import format_table
 from mmalign_jax.training.flops import Work, step_flops
 from mmalign_jax.types import PairBatch
 
-PAIRS, BUCKETS, SLOTS = 4096, (1, 4, 8), 4096  # of a set; most buckets that are tried; of a row of several pairs
+PAIRS, BUCKETS = 4096, (1, 4, 8)  # of a set; most buckets that are tried
+SLOTS = (4096, 8192, 16384)  # of a row of several pairs; the best of these counts
 _TEMPLATE = 20  # tokens around a prompt
 _MULTIPLE = 8  # as `data.plan` rounds
 
@@ -81,10 +82,14 @@ SETS = (
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """Of a set, by number of buckets: the share of slots that is empty, and FLOPs relative to no padding. `packed`: of rows of several pairs."""
+    """Of a set, by number of buckets: the share of slots that is empty, and FLOPs relative to no padding.
+
+    `packed` is that of rows of `slots` slots with several pairs.
+    """
 
     empty: dict[int, float]
     flops: dict[int, float]
+    slots: int
     packed_empty: float
     packed: float
 
@@ -93,8 +98,8 @@ class Found:
         return 1.0 - self.packed / self.flops[buckets]
 
 
-def analyse(sizes: Sequence[RowSize], model: MllmConfig, buckets: Sequence[int] = BUCKETS, slots: int = SLOTS) -> Found:
-    """Args: slots: of a row of several pairs, or more where the longest pair needs more."""
+def analyse(sizes: Sequence[RowSize], model: MllmConfig, buckets: Sequence[int] = BUCKETS, slots: Sequence[int] = SLOTS) -> Found:
+    """Args: slots: of a row of several pairs; those that hold the longest pair are tried."""
 
     @functools.cache
     def flops(prefix: int, answer: int, tiles: int) -> float:
@@ -109,10 +114,10 @@ def analyse(sizes: Sequence[RowSize], model: MllmConfig, buckets: Sequence[int] 
         by_layout = ((len(b.members), b.layout) for b in found)
         relative[most] = sum(count * flops(layout.prefix_slots, layout.answer_slots, layout.images) for count, layout in by_layout) / alone
     lengths = [size.prefix + sum(size.answers) for size in sizes]
-    slots = max(slots, *lengths)
-    unused = best_fit(lengths, slots)
+    unused = {room: best_fit(lengths, room) for room in slots if room >= max(lengths)}
+    best = min(unused, key=lambda room: sum(unused[room]))
     of_slot = flops(2, 1, 0) - flops(1, 1, 0)
-    return Found(empty, relative, sum(unused) / (len(unused) * slots), 1.0 + sum(unused) * of_slot / alone)
+    return Found(empty, relative, best, sum(unused[best]) / (len(unused[best]) * best), 1.0 + sum(unused[best]) * of_slot / alone)
 
 
 def best_fit(lengths: Sequence[int], slots: int) -> list[int]:
@@ -145,7 +150,7 @@ def main() -> None:
         found = analyse(lengths.sizes(PAIRS, seed=0), preset(lengths.model))
         cells = [f"{found.empty[most]:.0%}, {found.flops[most]:.2f}" for most in BUCKETS]
         saved = [f"{found.saved(most):.0%}" for most in BUCKETS]
-        rows.append((lengths.name, *cells, f"{found.packed_empty:.0%}, {found.packed:.2f}", *saved))
+        rows.append((lengths.name, *cells, f"{found.packed_empty:.0%}, {found.packed:.2f} ({found.slots})", *saved))
     columns = [f"{most} bucket{'s' * (most > 1)}" for most in BUCKETS]
     print("Share of slots that is empty, FLOPs relative to no padding; and FLOPs that rows of several pairs would save at most")
     print(format_table(rows, ("image tokens", *columns, "several pairs", *(f"saves of {most}" for most in BUCKETS))))

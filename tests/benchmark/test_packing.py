@@ -20,14 +20,16 @@ def test_best_fit_takes_the_fullest_row_that_has_room():
 
 
 def test_rows_that_are_alike_cost_the_same_either_way():
-    found = analyse([size(640, 64, 64)] * 8, MODEL, (1, 4), slots=768 * 2)
+    found = analyse([size(640, 64, 64)] * 8, MODEL, (1, 4), slots=(768 * 2,))
     assert found.empty == {1: 0.0, 4: 0.0} and found.packed_empty == 0.0
     assert found.flops == pytest.approx({1: 1.0, 4: 1.0}) and found.packed == found.flops[1] == pytest.approx(1.0)
 
 
 def test_unlike_rows_take_more_and_buckets_take_less_of_it():
-    found = analyse([size(600, 64, 8), size(600, 8, 64), size(600, 256, 256), size(600, 200, 256)], MODEL, (1, 2), slots=2048)
+    # 672, 672, 1112 and 1056 tokens: 1728 and 1784 slots of 1792
+    found = analyse([size(600, 64, 8), size(600, 8, 64), size(600, 256, 256), size(600, 200, 256)], MODEL, (1, 2), slots=(1024, 1792, 4096))
     assert found.empty[1] > found.empty[2] > 0 and found.flops[1] > found.flops[2] > found.packed > 1
+    assert found.slots == 1792 and found.packed_empty == pytest.approx(72 / 3584)
     assert found.saved(1) == pytest.approx(1 - found.packed / found.flops[1]) and found.saved(1) > found.saved(2) > 0
 
 
