@@ -398,7 +398,7 @@ class _Offline:
 
     def __init__(self, loader: Loader):
         self._loader = loader
-        self.get_state, self.set_state = loader.get_state, loader.set_state
+        self.begin, self.get_state, self.set_state = loader.begin, loader.get_state, loader.set_state
 
     def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
         return next(self._loader), {}
@@ -409,6 +409,10 @@ class WithAuxiliary:
 
     def __init__(self, batches: Batches, other: Loader):
         self._batches, self._other = batches, other
+
+    def begin(self) -> PairBatch | None:
+        first, beside = self._batches.begin(), self._other.begin()
+        return None if first is None else dataclasses.replace(first, auxiliary=beside)
 
     def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
         batch, made = self._batches.next_batch(params)

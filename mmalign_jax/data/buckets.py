@@ -37,12 +37,36 @@ def cost(size: RowSize, answers: int) -> int:
 
 
 def split(sizes: Sequence[RowSize], answers: int, most: int, layout_of: Callable[[Sequence[RowSize]], RowLayout]) -> list[Bucket]:
-    """At most `most` groups of rows, in order of their cost, so that all rows together take the fewest slots.
+    """At most `most` groups of rows, in order of their cost, so that all rows together take few slots: the better of two ways.
+
+    Rows sorted by their cost are cut at the best places (`_by_cost`); or groups are cut in two again and again by the length of one part
+    (`_by_part`), so that rows with long prompts and rows with long answers need not share a layout.
 
     Args:
       layout_of: the smallest layout that holds these rows.
     """
+
+    def slots(rows: int, largest: RowSize) -> int:
+        layout = layout_of([largest])
+        return rows * (layout.tokens + layout.patch_slots)
+
     costs = np.array([cost(size, answers) for size in sizes])
+    ways = [_by_cost(sizes, costs, most, slots), _by_part(sizes, most, slots)]
+    taken = lambda way: sum(slots(len(group), functools.reduce(_both, (sizes[n] for n in group))) for group in way)  # noqa: E731
+    found = []
+    for group in sorted(min(ways, key=taken), key=lambda group: (int(costs[group].max()), int(group.min()))):
+        members = np.sort(group)
+        layout = layout_of([sizes[number] for number in members])
+        used = sum(_used(sizes[number], layout) for number in members)
+        found.append(Bucket(layout, members, 1.0 - used / (len(members) * (layout.tokens + layout.patch_slots))))
+    return found
+
+
+_Slots = Callable[[int, RowSize], int]  # (number of rows, what holds each of them) -> slots of all
+
+
+def _by_cost(sizes: Sequence[RowSize], costs: np.ndarray, most: int, slots: _Slots) -> list[np.ndarray]:
+    """The rows sorted by their cost, cut so that they take the fewest slots."""
     order = np.argsort(costs, kind="stable")
     borders = np.unique(np.linspace(0, len(sizes), min(len(sizes), _CANDIDATES if most > 1 else 1) + 1).astype(int))
     # rows of one cost stay together, so that the groups do not depend on the order of the set
@@ -51,20 +75,44 @@ def split(sizes: Sequence[RowSize], answers: int, most: int, layout_of: Callable
     # what holds the rows between two neighbouring borders; a group's layout must hold some of these one behind the other
     pieces = [functools.reduce(_both, (sizes[n] for n in order[i:j])) for i, j in zip(borders[:-1], borders[1:], strict=True)]
 
-    def slots(start: int) -> Iterator[int]:
+    def by_end(start: int) -> Iterator[int]:
         """Slots of the groups that begin with a piece, by where they end."""
         for stop, size in enumerate(itertools.accumulate(pieces[start:], _both), start + 1):
-            layout = layout_of([size])
-            yield int(borders[stop] - borders[start]) * (layout.tokens + layout.patch_slots)
+            yield slots(int(borders[stop] - borders[start]), size)
 
-    groups = [(borders[i], borders[j]) for i, j in _fewest_slots(len(pieces), most, slots)]
-    found = []
-    for start, stop in groups:
-        members = np.sort(order[start:stop])
-        layout = layout_of([sizes[number] for number in members])
-        used = sum(_used(sizes[number], layout) for number in members)
-        found.append(Bucket(layout, members, 1.0 - used / (len(members) * (layout.tokens + layout.patch_slots))))
-    return found
+    return [order[borders[i] : borders[j]] for i, j in _fewest_slots(len(pieces), most, by_end)]
+
+
+def _by_part(sizes: Sequence[RowSize], most: int, slots: _Slots) -> list[np.ndarray]:
+    """Groups that were cut in two, the one first whose cut saves the most, by the prefix, the longest answer or the patches."""
+    table = np.array([(s.prefix, s.longest, s.patch_slots, s.images, *s.canvas) for s in sizes])
+
+    def largest(row: np.ndarray) -> RowSize:
+        prefix, longest, patches, images, *canvas = map(int, row)
+        return RowSize(prefix, images, (canvas[0], canvas[1]), patches, (longest,), (0,))
+
+    def cut(group: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+        """(slots that the best cut saves, one side, the other)"""
+        whole, best = slots(len(group), largest(table[group].max(axis=0))), (0, group, group[:0])
+        for part in range(3):
+            order = group[np.argsort(table[group, part], kind="stable")]
+            rows = table[order]
+            below, above = np.maximum.accumulate(rows), np.maximum.accumulate(rows[::-1])[::-1]
+            tried = np.unique(rows[np.linspace(0, len(rows) - 1, min(len(rows), _CANDIDATES)).astype(int), part])
+            for border in np.searchsorted(rows[:, part], tried[1:]):
+                saved = whole - slots(int(border), largest(below[border - 1])) - slots(len(rows) - int(border), largest(above[border]))
+                if saved > best[0]:
+                    best = (saved, order[:border], order[border:])
+        return best
+
+    groups = [cut(np.arange(len(sizes)))] if most > 1 else []
+    while groups and len(groups) < most:
+        number = max(range(len(groups)), key=lambda number: groups[number][0])
+        saved, one, other = groups[number]
+        if not saved:
+            break
+        groups[number : number + 1] = [cut(one), cut(other)]
+    return [np.concatenate(sides) for _, *sides in groups] or [np.arange(len(sizes))]
 
 
 def _used(size: RowSize, layout: RowLayout) -> int:

@@ -27,6 +27,19 @@ def to_device(batch: Batch, mesh: Mesh, *, batch_axis: int = 1) -> Batch:
     return jax.tree.map(place, batch)
 
 
+def on_device(batch: Batch, mesh: Mesh, *, batch_axis: int = 1) -> Batch:
+    """What `to_device` gives, as shapes, types and shardings. Arguments as there; only the shapes and types of the arrays are used."""
+    _, processes = process_slice(mesh)
+
+    def place(array: np.ndarray | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes, shape = [None] * len(array.shape), list(array.shape)
+        axes[batch_axis] = "batch"
+        shape[batch_axis] *= processes
+        return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(array.dtype), sharding=mesh_lib.sharding(mesh, *axes))
+
+    return jax.tree.map(place, batch)
+
+
 def process_slice(mesh: Mesh) -> tuple[int, int]:
     """(index, count) for the loader: which of how many disjoint sets of rows this process feeds.
 

@@ -82,8 +82,21 @@ class Loader:
     def __next__(self) -> PairBatch:
         arrays = next(self._batches)
         self._behind += self._batch_size
-        shape = (self._accumulate, self._batch_size // (self._accumulate * self._process[1]))
-        return _batch(jax.tree.map(lambda value: value.reshape(*shape, *value.shape[1:]), arrays), self._layouts)
+        return _batch(jax.tree.map(lambda value: value.reshape(*self._lead, *value.shape[1:]), arrays), self._layouts)
+
+    def begin(self) -> PairBatch:
+        """Begins to make the next batch on the threads, and says what it will be: arrays as shapes and types.
+
+        Raises:
+          DataError: its first row cannot be read.
+        """
+        self._batches.start_prefetch()
+        # all rows of a step have one layout, and what an extra adds to it is known when it has been made
+        row = self._rows[self._behind + self._process[0]]
+        layout = self._layouts[int(row.pop("layout"))]
+        lead = self._lead
+        arrays = jax.tree.map(lambda value: jax.ShapeDtypeStruct((*lead, *np.shape(value)), np.asarray(value).dtype), row)
+        return PairBatch(**arrays, prefix_slots=layout.prefix_slots, answer_slots=layout.answer_slots)
 
     def get_state(self) -> dict[str, int]:
         """What JSON can hold: the rows that all processes together have taken, and what the order depends on."""
@@ -102,11 +115,16 @@ class Loader:
             )
         self._start(state["rows"])
 
+    @property
+    def _lead(self) -> tuple[int, int]:
+        """(A, b)"""
+        return self._accumulate, self._batch_size // (self._accumulate * self._process[1])
+
     def _start(self, behind: int) -> None:
         index, count = self._process
         self._behind = behind
-        mine = self._rows[behind + index :: count]
-        self._batches = iter(mine.to_iter_dataset(_read_options(self._workers)).batch(self._batch_size // count))
+        mine, rows = self._rows[behind + index :: count], self._batch_size // count
+        self._batches = iter(mine.to_iter_dataset(_read_options(self._workers, rows)).batch(rows))
 
 
 def make_loader(
@@ -223,8 +241,9 @@ def bucket_pass(
         yield _batch(arrays, lay.layouts), found
 
 
-def _read_options(workers: int) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=4 * workers)
+def _read_options(workers: int, rows: int = 0) -> grain.ReadOptions:
+    """Args: rows: of a step, so that all of the next one are made beside it."""
+    return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(4 * workers, rows if workers else 0))
 
 
 def _batch(arrays: dict[str, Any], layouts: Sequence[RowLayout]) -> PairBatch:

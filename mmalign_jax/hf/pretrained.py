@@ -15,7 +15,7 @@ from mmalign_jax.hf.processor import Processor, load_processor
 from mmalign_jax.hf.score_head import load_head
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.implementation import Attention
-from mmalign_jax.models.lora import initial_factors
+from mmalign_jax.models.lora import initial_factors, is_factor
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import param_shardings
 from mmalign_jax.models.score_head import PART as SCORE_HEAD
@@ -79,6 +79,8 @@ class Pretrained:
             return base
         if self.adapter:
             factors = import_adapter(self.adapter, self.sizes, shardings, dtype)
+        elif not split(shardings, lambda path: is_factor(path) and wanted(path))[0]:
+            return base
         else:
             factors = initial_factors(self.sizes, self.seed, shardings, dtype)
         return union(base, split(factors, wanted)[0])

@@ -80,6 +80,9 @@ class BdhsBatches:
         self._records, self._processor, self._sampler, self._layout, self._config = records, processor, sampler, layout, config
         self._items, self._order = plan.items, Order(plan.items, config)
 
+    def begin(self) -> None:
+        """Nothing: the rows wait for the policy."""
+
     def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
         """The next pairs `[A, b, ...]`, and how they came out.
 

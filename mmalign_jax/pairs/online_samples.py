@@ -33,6 +33,9 @@ class GroupBatches:
         self._records, self._items, self._layout, self._answerer = records, plan.items, layout, answerer
         self._config, self._train, self._order = config, train, Order(plan.items, train)
 
+    def begin(self) -> None:
+        """Nothing: the rows wait for the policy."""
+
     def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
         """The next groups `[A, b, ...]`, and how they came out (see `answers.summary`)."""
         draw = self._order.step
@@ -80,6 +83,9 @@ class PairBatches:
         self._config, self._train, self._order = config, train, Order(plan.items, train)
         self._selector = selectors.parse(config.selector, "config.samples.selector")
         self._filters = Filters(gap=config.gap, length_ratio=config.length_ratio, unfinished=config.unfinished)
+
+    def begin(self) -> None:
+        """Nothing: the rows wait for the policy."""
 
     def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
         """The next pairs `[A, b, ...]`, and how they came out: see `answers.summary`; `samples/pairs` is the share of prompts that gave one,

@@ -1,7 +1,9 @@
 """Checkpoints: parameters, optimizer, random key and the position in the data, saved together or not at all (orbax)."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,27 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(_saved(state)), position=ocp.args.JsonSave(position))
         self._manager.save(int(state.step), args=args)
 
-    def restore(self, like: TrainState, frozen: dict) -> tuple[TrainState, dict[str, Any]]:
-        """The newest state and the loader's position. Every array is read straight into its shards, on whatever mesh it was written.
+    def position(self, like: TrainState) -> dict[str, Any]:
+        """The loader's position in the newest checkpoint; no array is read.
+
+        Args:
+          like: see `restore`.
+
+        Raises:
+          UserError: see `restore`.
+        """
+        with _readable(self._newest):
+            # orbax finds another shape when it has begun to read, and then leaves its own tasks behind unfinished
+            metadata = ocp.StandardCheckpointHandler().metadata(self._newest / "state")
+            theirs, ours = (_shapes(tree) for tree in (metadata.tree["params"], like.params))
+            if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
+                name = differing[0]
+                problem = f"{name} has shape {theirs.get(name)} there, {ours.get(name)} in this run"
+                raise UserError(f"{self._newest}: the checkpoint is of another model ({problem}); use a new --workdir")
+            return self._manager.restore(self.latest, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
+
+    def restore(self, like: TrainState, frozen: dict) -> TrainState:
+        """The newest state. Every array is read straight into its shards, on whatever mesh it was written. Ask for the `position` before.
 
         Args:
           like: `abstract_state`; only its shapes, types and shardings are used.
@@ -53,28 +74,30 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is of another model, of other sizes or with other parts that train, or cannot be read.
         """
-        where = self._directory.absolute() / str(self.latest)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(_saved(like)), position=ocp.args.JsonRestore())
-        try:
-            # orbax finds another shape when it has begun to read, and then leaves its own tasks behind unfinished
-            theirs, ours = (_shapes(tree) for tree in (ocp.StandardCheckpointHandler().metadata(where / "state").tree["params"], like.params))
-            if differing := sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name)):
-                name = differing[0]
-                problem = f"{name} has shape {theirs.get(name)} there, {ours.get(name)} in this run"
-                raise UserError(f"{where}: the checkpoint is of another model ({problem}); use a new --workdir")
-            restored = self._manager.restore(self.latest, args=args)
-        except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{where}: the checkpoint cannot be read ({reason}); remove it or use a new --workdir") from error
-        state = restored["state"]
+        with _readable(self._newest):
+            state = self._manager.restore(self.latest, args=ocp.args.Composite(state=ocp.args.StandardRestore(_saved(like))))["state"]
         key = jax.random.wrap_key_data(state["key"])
         carried = state["objective"], state["reference"], state.get("sampler", {})
-        return TrainState(state["step"], state["params"], frozen, state["opt_state"], key, *carried), restored["position"]
+        return TrainState(state["step"], state["params"], frozen, state["opt_state"], key, *carried)
+
+    @property
+    def _newest(self) -> Path:
+        return self._directory.absolute() / str(self.latest)
 
     def close(self) -> None:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Says of what goes wrong in reading which checkpoint it was."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{checkpoint}: the checkpoint cannot be read ({reason}); remove it or use a new --workdir") from error
 
 
 def find_step(directory: Path, step: int | None) -> int:

@@ -12,14 +12,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from mmalign_jax.config import Config
-from mmalign_jax.data.device import to_device
+from mmalign_jax.data.device import on_device, to_device
 from mmalign_jax.errors import UserError
 from mmalign_jax.evaluation.held_out import metrics as held_out_metrics
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.remat import AUTO
-from mmalign_jax.models.tree import LeafPath, union
-from mmalign_jax.report.console import Console
+from mmalign_jax.models.tree import LeafPath, split, union
+from mmalign_jax.report.console import Console, duration
 from mmalign_jax.report.metrics import MetricsWriter, read_metrics
+from mmalign_jax.training.ahead import Compiler, Program
 from mmalign_jax.training.checkpoint import Checkpoints, abstract_policy, abstract_state
 from mmalign_jax.training.flops import Work, mfu, step_flops
 from mmalign_jax.training.loss import LossFunction
@@ -44,6 +45,9 @@ class Batches(Protocol):
     def next_batch(self, params: dict) -> tuple[PairBatch, dict[str, float]]:
         """The next rows `[A, b, ...]` on the host, and metrics of their making. `params`: the whole tree of the policy, as it is or as it was up to
         `config.pairs.every` steps ago."""
+
+    def begin(self) -> PairBatch | None:
+        """Begins to make the next rows where they do not depend on the policy: what they will be on this process, as shapes and types."""
 
     def get_state(self) -> dict[str, Any]: ...
 
@@ -97,13 +101,16 @@ def train(
     kept = loss.model.dtype if kept == "auto" else kept
     rule = Trainable.of(config, sizes)
     reference = Reference.of(config, rule, objective)
-    with jax.set_mesh(mesh):
-        like, _ = rule.split(abstract_policy(sizes, mesh))
+    with jax.set_mesh(mesh), Compiler(mesh) as compiler:
+        shapes = _Shapes.of(sizes, mesh, rule, reference, kept)
+        sampler = shapes.params if config.pairs.every > 1 else {}
+        like = abstract_state(shapes.params, optimizer, mesh, objective, shapes.moving, sampler)
         options = {"follow": reference.follow, "rows_per_epoch": rows_per_epoch, "updates": updates}
-        step: Callable = make_train_step(loss, optimizer, schedule, **options)
         if config.model.remat == AUTO:
             make = lambda remat: make_train_step(loss.with_remat(remat), optimizer, schedule, **options)  # noqa: E731
-            step = FittingStep(make, candidates(AUTO), device_limit(mesh, config.model.memory_gib), console.line)
+            step = Program(FittingStep(make, candidates(AUTO), device_limit(mesh, config.model.memory_gib), console.line))
+        else:
+            step = Program(make_train_step(loss, optimizer, schedule, **options))
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         profile = Profile(workdir / PROFILE, config.train.profile)
         writer = MetricsWriter(
@@ -111,6 +118,17 @@ def train(
         )
         try:
             with writer:
+                start = checkpoints.latest or 0
+                history = [line for line in read_metrics(workdir) if line["step"] <= start]
+                measures = _Measures(config, None if monitor is None else monitor.jitted(), probe, history, held_out)
+                # what can be wrong is told before anything long begins
+                load_params(kept, _none)
+                if checkpoints.latest is not None:
+                    batches.set_state(checkpoints.position(like))
+                if start < steps and not measures.reason and (rows := batches.begin()) is not None:
+                    theirs = shapes.theirs if reference.kind in ("live", "adapter_off") else None
+                    step.begin(compiler, dataclasses.replace(like, frozen=shapes.frozen), theirs, on_device(rows, mesh))
+                    console.line("Compiling the step beside what follows")
                 with console.phase("Loading reference and frozen parts"):
                     theirs, frozen = rule.split(load_params(kept, lambda path: reference.copied(path) or not rule.trains(path)))
                     # small shares of small moves are lost in bfloat16
@@ -122,18 +140,13 @@ def train(
                     with console.phase("Loading policy"):
                         state = init_state(load_params("float32", rule.trains), frozen, optimizer, config.train.seed, objective, moving)
                 else:
+                    del moving
                     with console.phase("Reading the checkpoint"):
-                        moving = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), moving)
-                        sampler = like if config.pairs.every > 1 else {}
-                        state, position = checkpoints.restore(abstract_state(like, optimizer, mesh, objective, moving, sampler), frozen)
-                    batches.set_state(position)
-                    console.line(f"Going on from the checkpoint of step {int(state.step)}")
-                start = int(state.step)
+                        state = checkpoints.restore(like, frozen)
+                    console.line(f"Going on from the checkpoint of step {start}")
                 writer.truncate_after(start)
                 work = Work.of(objective, live_reference=reference.kind in ("live", "adapter_off", "ema"))
-                history = [line for line in read_metrics(workdir) if line["step"] <= start]
                 with StopRequest() as stop:
-                    measures = _Measures(config, None if monitor is None else monitor.jitted(), probe, history, held_out)
                     run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop, work, measures, profile)
                     state = run(state, theirs, start)
                 ended = int(state.step) >= config.train.steps or measures.reason
@@ -146,6 +159,29 @@ def train(
     return Trained(union(state.params, state.frozen), int(state.step), name, reason, held)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Shapes:
+    """What a run holds, before it is read: parts of the policy's tree as shapes, types and shardings."""
+
+    params: dict  # trainable
+    frozen: dict
+    theirs: dict  # of the reference
+    moving: dict  # of one that follows the policy
+
+    @classmethod
+    def of(cls, sizes: MllmConfig, mesh: Mesh, rule: Trainable, reference: Reference, kept: str) -> "_Shapes":
+        """Args: kept: type of what does not train."""
+        params, frozen = rule.split(abstract_policy(sizes, mesh))
+        in_kept = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, np.dtype(kept), sharding=leaf.sharding), tree)  # noqa: E731
+        copied, _ = split(params, reference.copied)
+        return cls(params, in_kept(frozen), in_kept(copied), copied if reference.follow else {})
+
+
+def _none(path: LeafPath) -> bool:
+    """Wants no leaf: names, shapes and files are checked all the same."""
+    return False
+
+
 @dataclasses.dataclass
 class _Run:
     """The loop's body with what it needs around it."""
@@ -155,7 +191,7 @@ class _Run:
     mesh: Mesh
     sizes: MllmConfig
     loss: LossFunction
-    step: Callable
+    step: Program
     batches: Batches
     checkpoints: Checkpoints
     writer: MetricsWriter
@@ -169,7 +205,7 @@ class _Run:
         steps, measures = self.config.train.steps, self.measures
         if start >= steps or measures.reason:
             return state
-        self.console.line(f"Training from step {start} to {steps}; the first step compiles")
+        self.console.line(f"Training from step {start} to {steps}")
         began, since, waited, flops, in_flight = time.monotonic(), start, 0.0, 0.0, None
         shapes: set[tuple[tuple[int, ...], ...]] = set()
         compared = False  # what the sampler computed with what training does
@@ -194,6 +230,8 @@ class _Run:
             if not compared and drawn.drawn_logps is not None and not np.isnan(drawn.drawn_logps).all():
                 check_samples(self.loss, dataclasses.replace(state, params=state.sampler or state.params), to_device(drawn, self.mesh))
                 compared = True
+            if number == start:
+                self._wait_for_program(state, reference, device_batch, waited)
             self.profile.before_step()
             state, metrics = self.step(state, reference, device_batch)
             if self.profile.after_step(metrics):
@@ -227,6 +265,14 @@ class _Run:
                 self.console.line(f"{name}: saving at step {done}; the same command goes on from here")
                 break
         return state
+
+    def _wait_for_program(self, state: TrainState, reference: dict | None, batch: PairBatch, for_rows: float) -> None:
+        """Says what the start took that does not show above."""
+        if (compiled := self.step.wait(state, reference, batch)) is None:
+            self.console.line("The first step compiles")
+            return
+        took, waited = map(duration, compiled)
+        self.console.line(f"The step was compiled in {took}; waited {waited} of it here, and {duration(for_rows)} for the first rows")
 
     def _stopping(self) -> bool:
         """Whether any process has been asked to stop: all must save at the same step."""

@@ -146,10 +146,26 @@ class FittingStep:
         self._chosen: dict[tuple, Fitting] = {}
 
     def __call__(self, state: TrainState, reference: dict | None, batch: PairBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self.lower(state, reference, batch).compile()(state, reference, batch)
+
+    def lower(self, state: TrainState, reference: dict | None, batch: PairBatch) -> "_Choice":
+        """As of a jitted function: compiling what it returns is making the choice."""
+        return _Choice(self, (state, reference, batch))
+
+    def _choose(self, state: TrainState, reference: dict | None, batch: PairBatch) -> Compiled:
         leaves, structure = jax.tree.flatten(batch)
         shape = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if shape not in self._chosen:
             found = fitting(lambda name: self._make(name).lower(state, reference, batch), self._names, self._limit)
             self._say(f"{found.in_words()}, for rows of {batch.tokens.shape[-1]} slots")
             self._chosen[shape] = found
-        return self._chosen[shape].compiled(state, reference, batch)
+        return self._chosen[shape].compiled
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Choice:
+    step: FittingStep
+    arguments: tuple[TrainState, dict | None, PairBatch]
+
+    def compile(self) -> Compiled:
+        return self.step._choose(*self.arguments)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import threading
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from helpers.rows import LetterProcessor, record
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data import builder
 from mmalign_jax.data import plan as plan_lib
-from mmalign_jax.data.device import process_slice, to_device
+from mmalign_jax.data.device import on_device, process_slice, to_device
 from mmalign_jax.data.loader import make_loader, one_pass
 from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.data.sources.source import Source
@@ -49,6 +50,39 @@ def test_shapes(plan):
     assert batch.tokens.shape == batch.role.shape == batch.positions.shape == batch.image_index.shape == (2, 2, tokens)
     assert batch.images.shape == (2, 2, 2, 4, 6, 3) and batch.images.dtype == np.uint8
     assert batch.record_key.dtype == np.uint32 and batch.role.dtype == np.int8 and batch.answers == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_the_next_batch_will_be_is_known_before_it_is_made(plan, workers):
+    extra = lambda number, layout: {"reference_logps": np.full(layout.tokens, number, np.float32)}  # noqa: E731
+    settings = {"batch_size": 8, "accumulate": 2, "process_count": 2, "workers": workers, "extras": [extra]}
+    expected = next(loader(plan, **settings))
+    begun = loader(plan, **settings)
+    shapes = begun.begin()
+    form = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)  # noqa: E731
+    assert form(shapes) == form(expected)
+    jax.tree.map(np.testing.assert_array_equal, next(begun), expected)
+
+
+def test_shapes_on_the_device_are_those_of_the_arrays(plan):
+    for mesh in (make_mesh(1, 4, 2), make_mesh(1, 1, 1, devices=jax.devices()[:1])):
+        batches = loader(plan, batch_size=8, accumulate=2)
+        shapes, arrays = on_device(batches.begin(), mesh), to_device(next(batches), mesh)
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding), shapes, arrays))
+
+
+def test_all_rows_of_a_large_step_are_made_beside_the_one_before(plan):
+    made, ready = [], threading.Event()
+
+    def extra(number, layout):
+        made.append(number)
+        if len(made) > 40:  # one was made to know the shapes
+            ready.set()
+        return {}
+
+    batches = loader(plan, batch_size=40, workers=2, extras=[extra])
+    batches.begin()
+    assert ready.wait(60)
 
 
 def test_every_epoch_holds_every_row_once_and_batches_run_across_its_end(plan):

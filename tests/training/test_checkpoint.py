@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import io
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from mmalign_jax.hf.import_ import load_params
 from mmalign_jax.mesh import make_mesh
 from mmalign_jax.models.params import param_shardings
 from mmalign_jax.report.console import Console
+from mmalign_jax.training import loop
 from mmalign_jax.training.checkpoint import Checkpoints, abstract_policy, abstract_state, restore_params
 from mmalign_jax.training.loop import train
 from mmalign_jax.training.loss import LossFunction
@@ -27,6 +29,7 @@ from mmalign_jax.training.step import init_state
 
 SAVED_STEP = 3
 FROZEN = ("vision_tower",)
+CHECKED = ("bfloat16", set())  # names and shapes alone, before anything long begins
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +83,9 @@ class Batches:
     def __init__(self, tiny=None):
         self.position, self._tiny = None, tiny
 
+    def begin(self):
+        return None if self._tiny is None else self.next_batch({})[0]
+
     def next_batch(self, params):
         if self._tiny is None:
             raise Enough
@@ -93,9 +99,9 @@ class Batches:
         self.position = state
 
 
-def go_on(tiny, workdir, mesh, objective, batches, load, steps=SAVED_STEP):
+def go_on(tiny, workdir, mesh, objective, batches, load, steps=SAVED_STEP, said=None):
     loss = LossFunction(tiny.model, losses.build(objective))
-    return train(settings(objective, steps), workdir, mesh, tiny.config, loss, load, batches, Console(io.StringIO()))
+    return train(settings(objective, steps), workdir, mesh, tiny.config, loss, load, batches, Console(said or io.StringIO()))
 
 
 @pytest.mark.parametrize("objective", ["simpo", "dpo"])
@@ -122,7 +128,7 @@ def test_resume_reads_no_weights_of_the_policy_and_holds_the_state_once(tiny, sa
     before = count()
     trained = go_on(tiny, workdir, mesh, objective, batches, load)
     # the reference and what is frozen, in their own type; never the policy, which the checkpoint holds
-    assert asked == [("bfloat16", {*expected.params, *FROZEN} if objective == "dpo" else {*FROZEN})]
+    assert asked == [CHECKED, ("bfloat16", {*expected.params, *FROZEN} if objective == "dpo" else {*FROZEN})]
     assert held == [before]
     assert trained.step == SAVED_STEP and batches.position == {"rows": 24}
     same({name: trained.params[name] for name in expected.params}, expected.params)
@@ -138,7 +144,30 @@ def test_a_new_run_reads_each_part_once(tiny, tmp_path):
 
     with pytest.raises(Enough):
         go_on(tiny, tmp_path, mesh, "simpo", Batches(), load, steps=1)
-    assert asked == [("bfloat16", {*FROZEN}), ("float32", {*tiny.params} - {*FROZEN})]
+    assert asked == [CHECKED, ("bfloat16", {*FROZEN}), ("float32", {*tiny.params} - {*FROZEN})]
+
+
+def test_weights_that_cannot_be_read_end_a_run_that_compiles_with_their_own_message(tiny, tmp_path, monkeypatch):
+    mesh, begun, go = make_mesh(1, 8, 1), threading.Event(), threading.Event()
+
+    class Slow:
+        def __call__(self, *arguments):
+            raise AssertionError("no step was to be made")
+
+        def lower(self, *shapes):
+            begun.set()
+            assert go.wait(60)
+
+    def load(dtype, some):
+        if not some(("decoder", "leaf")):
+            return read(tiny, mesh, dtype, some)
+        assert begun.wait(60)
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *arguments, **options: Slow())
+    with pytest.raises(OSError, match="the disk is gone"):
+        go_on(tiny, tmp_path, mesh, "simpo", Batches(tiny), load, steps=1)
+    go.set()
 
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 1)])
@@ -149,7 +178,8 @@ def test_restore_on_another_mesh(tiny, saved, sizes):
     with jax.set_mesh(mesh):
         like, _ = FROZEN_TOWER.split(abstract_policy(tiny.config, mesh))
         checkpoints = Checkpoints(workdir / "checkpoints", CheckpointConfig())
-        state, position = checkpoints.restore(abstract_state(like, optimizer, mesh), {"vision_tower": {}})
+        like_state = abstract_state(like, optimizer, mesh)
+        position, state = checkpoints.position(like_state), checkpoints.restore(like_state, {"vision_tower": {}})
         checkpoints.close()
         fresh = init_state(FROZEN_TOWER.split(read(tiny, mesh))[0], {}, optimizer, 0)
     assert position == {"rows": 24} and state.frozen == {"vision_tower": {}}
@@ -165,9 +195,10 @@ def test_restore_on_another_mesh(tiny, saved, sizes):
 def test_a_run_goes_on_with_another_mesh(tiny, saved, tmp_path):
     workdir, expected = tmp_path / "run", saved[1]
     shutil.copytree(saved[0], workdir)
-    mesh = make_mesh(2, 4, 1)
-    trained = go_on(tiny, workdir, mesh, "simpo", Batches(tiny), lambda dtype, some: read(tiny, mesh, dtype, some), steps=SAVED_STEP + 1)
-    assert trained.step == SAVED_STEP + 1
+    mesh, said = make_mesh(2, 4, 1), io.StringIO()
+    load = lambda dtype, some: read(tiny, mesh, dtype, some)  # noqa: E731
+    trained = go_on(tiny, workdir, mesh, "simpo", Batches(tiny), load, steps=SAVED_STEP + 1, said=said)
+    assert trained.step == SAVED_STEP + 1 and "The step was compiled in" in said.getvalue()
     moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), {name: trained.params[name] for name in expected.params}, expected.params)
     assert any(jax.tree.leaves(moved))
 
@@ -182,5 +213,5 @@ def test_a_checkpoint_of_another_model_is_refused(tiny, saved):
         checkpoints = Checkpoints(workdir / "checkpoints", CheckpointConfig())
         for params, problem in ((wider, r"has shape \(\d+.*\) there, \(\d+.*\) in"), (fewer, "there, None in")):
             with pytest.raises(UserError, match=f"checkpoints/3: the checkpoint is of another model .*{problem} this run.*new --workdir"):
-                checkpoints.restore(abstract_state(params, make_optimizer(settings("simpo").optimizer, 3), mesh), {})
+                checkpoints.position(abstract_state(params, make_optimizer(settings("simpo").optimizer, 3), mesh))
         checkpoints.close()

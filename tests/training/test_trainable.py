@@ -203,6 +203,9 @@ class Rows:
     def __init__(self, batch):
         self.batch, self.done = jax.device_get(batch), 0
 
+    def begin(self):
+        return self.batch
+
     def next_batch(self, params):
         self.done += 1
         return self.batch, {}
@@ -236,13 +239,13 @@ def test_going_on_is_bit_for_bit_and_checkpoints_hold_factors_alone(tiny, batch,
     whole, asked, said = run_of(tiny, batch, tmp_path / "whole", steps=4)
     factors, frozen = split(tiny.params, is_factor)
     # the decoder is read once, with the frozen parts, and there is no copy of it for the reference
-    assert asked == [("float32", paths(frozen)), ("float32", paths(factors))]
+    assert asked == [("float32", set()), ("float32", paths(frozen)), ("float32", paths(factors))]
     count, total = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (factors, tiny.params))
     assert f"Trainable: {count:,} of {total:,} parameters: decoder (low-rank factors of rank 3 beside query, key, value, out, gate, up," in said
     assert "WARNING" not in said
     run_of(tiny, batch, tmp_path / "parts", steps=2)
     again, asked, _ = run_of(tiny, batch, tmp_path / "parts", steps=4)
-    assert again.step == whole.step == 4 and asked == [("float32", paths(frozen))]
+    assert again.step == whole.step == 4 and asked == [("float32", set()), ("float32", paths(frozen))]
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
     saved = json.loads((tmp_path / "parts/checkpoints/4/state/_METADATA").read_text())["tree_metadata"]
     names = {key for key in saved if "decoder" in key or "projector" in key or "vision_tower" in key}
