@@ -315,7 +315,7 @@ class _Run:
                     f" of up to {shape.canvas[0]} x {shape.canvas[1]} pixels{patches}; {bucket.padding_fraction:.0%} padding"
                 )
         shapes = [bucket.layout for bucket in plan.buckets] or [layout]
-        attention = dict.fromkeys(self.policy.model.attention_of(shape.prefix_slots, shape.answer_slots, shape.answers) for shape in shapes)
+        attention = dict.fromkeys(self.policy.model.attention_of(shape.prefix_slots, shape.answer_slots) for shape in shapes)
         self.console.line(f"Attention by {' and '.join(attention)} (config.model.attention={self.config.model.attention})")
         for reason in ("dropped_long", "dropped_bad", "shortened_answer"):
             if plan.counts[reason]:

@@ -10,8 +10,6 @@ IMPLEMENTATIONS = ("blocks", "splash", "cudnn")
 SETTINGS = ("auto", *IMPLEMENTATIONS)
 
 _PLATFORM = {"splash": "tpu", "cudnn": "cuda"}
-# of what blocks compute: cuDNN's call has the prefix' own products once for each answer
-_MOST_PRODUCTS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +17,8 @@ class Attention:
     """A choice, and what it depends on beside the rows.
 
     Args:
-      setting: one of `SETTINGS`. "auto" is splash on TPUs in bfloat16, cuDNN's on CUDA GPUs in half precision where heads have at most 128
-        channels and it does not compute more than twice the products of blocks, and blocks elsewhere and wherever these cannot run.
+      setting: one of `SETTINGS`. "auto" is splash on TPUs in bfloat16 where it can run, and blocks elsewhere. It leaves cuDNN's to those who name it,
+        until that path has run on a GPU.
       platform: what the rows are computed on: "cpu", "tpu", "cuda" or "rocm".
     """
 
@@ -31,14 +29,14 @@ class Attention:
         if self.setting not in SETTINGS:
             raise ValueError(f"unknown attention {self.setting!r}; there are {', '.join(SETTINGS)}")
 
-    def of(self, config: DecoderConfig, dtype: str, regions: Regions, answers: int) -> str:
+    def of(self, config: DecoderConfig, dtype: str, regions: Regions) -> str:
         """The implementation, one of `IMPLEMENTATIONS`, for rows with these regions.
 
         Raises:
           UserError: `setting` names one that cannot compute these rows, and why.
         """
         if self.setting == "auto":
-            return self._auto(config, dtype, regions, answers)
+            return "splash" if dtype == "bfloat16" and not self.problem("splash", config, dtype, regions) else "blocks"
         if problem := self.problem(self.setting, config, dtype, regions):
             raise UserError(f"config.model.attention: {self.setting} {problem}; auto or blocks can")
         return self.setting
@@ -55,13 +53,6 @@ class Attention:
             slots = regions.prefix + regions.answer
             return f"cannot count a window of {config.sliding_window} positions over padding, and a prefix and an answer have {slots} slots"
         return "" if name == "splash" else _cudnn_problem(config, dtype)
-
-    def _auto(self, config: DecoderConfig, dtype: str, regions: Regions, answers: int) -> str:
-        able = lambda name: not self.problem(name, config, dtype, regions)  # noqa: E731
-        if dtype == "bfloat16" and able("splash"):
-            return "splash"
-        few = cudnn_products(regions, answers) <= _MOST_PRODUCTS * regions.products(answers)
-        return "cudnn" if able("cudnn") and config.head_width <= 128 and few else "blocks"
 
 
 def _cudnn_problem(config: DecoderConfig, dtype: str) -> str:
@@ -80,9 +71,3 @@ def window_binds(config: DecoderConfig, regions: Regions) -> bool:
     """Whether some layer has a window that hides something: a prefix and an answer are more positions than it spans."""
     windowed = config.sliding_window is not None and (not config.local_layers or any(config.local_layers))
     return windowed and regions.prefix + regions.answer > config.sliding_window
-
-
-def cudnn_products(regions: Regions, answers: int) -> int:
-    """Products of a query with a key that `cudnn.attend` computes for a row and a head, about."""
-    slots = regions.prefix + (regions.answer if answers else 0)
-    return max(answers, 1) * slots * slots // 2

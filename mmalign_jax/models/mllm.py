@@ -86,17 +86,17 @@ class Mllm:
 
     def hidden(self, params: dict, features: Float[Array, "B F U"], batch: PairBatch) -> Float[Array, "B T D"]:
         """Last hidden states of packed rows; image features land where `image_index` says."""
-        how = self.attention_of(batch.prefix_slots, batch.answer_slots, batch.answers)
+        how = self.attention_of(batch.prefix_slots, batch.answer_slots)
         with jax.named_scope("decoder"):
             return self._decode_rows(params, features, batch, Decoder(self.config.decoder, self.remat), how)[0]
 
-    def attention_of(self, prefix_slots: int, answer_slots: int, answers: int) -> str:
+    def attention_of(self, prefix_slots: int, answer_slots: int) -> str:
         """The implementation that computes `hidden` of rows with so many slots, see `models.implementation`.
 
         Raises:
           UserError: the one that `attention` asks for cannot.
         """
-        return self.attention.of(self.config.decoder, self.dtype, self._regions(prefix_slots, answer_slots), answers)
+        return self.attention.of(self.config.decoder, self.dtype, self._regions(prefix_slots, answer_slots))
 
     def prefill(
         self,

@@ -17,13 +17,13 @@ PAIR = Regions(704, 352, causal=True)
 LLAVA = preset("llava-1.5-7b").decoder
 
 
-def of(setting, platform, dtype="bfloat16", regions=PAIR, answers=2, **changes):
-    return Attention(setting, platform).of(dataclasses.replace(LLAVA, **changes), dtype, regions, answers)
+def of(setting, platform, dtype="bfloat16", regions=PAIR, **changes):
+    return Attention(setting, platform).of(dataclasses.replace(LLAVA, **changes), dtype, regions)
 
 
 @pytest.mark.parametrize(
     ("platform", "expected"),
-    [("cpu", "blocks"), ("tpu", "splash"), ("cuda", "cudnn"), ("rocm", "blocks")],
+    [("cpu", "blocks"), ("tpu", "splash"), ("cuda", "blocks"), ("rocm", "blocks")],
 )
 def test_auto_goes_by_the_platform(platform, expected):
     assert of("auto", platform) == expected
@@ -33,23 +33,24 @@ def test_auto_goes_by_the_platform(platform, expected):
 
 
 @pytest.mark.parametrize(
-    ("changes", "on_tpu", "on_gpu"),
+    ("changes", "expected"),
     [
-        ({"sliding_window": 1056}, "splash", "cudnn"),  # as far as a prefix and an answer reach
-        ({"sliding_window": 1055}, "blocks", "blocks"),
-        ({"sliding_window": 100, "local_layers": (False,) * 32}, "splash", "cudnn"),
-        ({"sliding_window": 100, "local_layers": (False,) * 31 + (True,)}, "blocks", "blocks"),
-        ({"bidirectional": "image"}, "blocks", "blocks"),
-        ({"bidirectional": "prefix", "regions": dataclasses.replace(PAIR, causal=False)}, "splash", "blocks"),
-        ({"attention_softcap": 50.0}, "splash", "blocks"),
-        ({"head_width": 256}, "splash", "blocks"),
-        ({"head_width": 100}, "splash", "blocks"),
-        ({"answers": 8}, "splash", "cudnn"),
-        ({"answers": 8, "regions": Regions(4096, 128, causal=True)}, "splash", "blocks"),  # the prefix eight times
+        ({"sliding_window": 1056}, "splash"),  # as far as a prefix and an answer reach
+        ({"sliding_window": 1055}, "blocks"),
+        ({"sliding_window": 100, "local_layers": (False,) * 32}, "splash"),
+        ({"sliding_window": 100, "local_layers": (False,) * 31 + (True,)}, "blocks"),
+        ({"bidirectional": "image"}, "blocks"),
+        ({"bidirectional": "prefix", "regions": dataclasses.replace(PAIR, causal=False)}, "splash"),
+        ({"attention_softcap": 50.0}, "splash"),
+        ({"head_width": 100}, "splash"),
     ],
 )
-def test_auto_never_takes_a_kernel_that_cannot(changes, on_tpu, on_gpu):
-    assert (of("auto", "tpu", **changes), of("auto", "cuda", **changes)) == (on_tpu, on_gpu)
+def test_auto_never_takes_a_kernel_that_cannot(changes, expected):
+    assert of("auto", "tpu", **changes) == expected
+
+
+def test_cudnn_by_name():
+    assert of("cudnn", "cuda") == "cudnn"
 
 
 @pytest.mark.parametrize(
