@@ -126,7 +126,7 @@ class PairsConfig:
     gamma: float = setting(0.0, min=0.0, max=0.999, help="share of the set's own rejected answer in the loss (equation 5: 0.5); 0: it is not used")
     similarity: str = setting("ngram", choices=("ngram", "encoder"), help="encoder: cosine of sentence vectors, as in the paper")
     encoder: str = setting("", help="directory of a sentence encoder, such as all-mpnet-base-v2 (the paper's) or all-MiniLM-L6-v2")
-    batch_size: int = setting(64, min=1)
+    batch_size: int = setting(64, min=1, help="rows that are decoded together")
     seed: int = setting(0, min=0)
     cache: str = setting("", help="directory of pairs made before training, which runs may share; empty: in the run's directory")
 
