@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "hf": {"config", "models"},
     "scenes": {"config", "hf"},
     "data": {"config", "hf", "scenes"},
-    "pairs": {"config", "models", "sampling"} | SIDE,
+    "pairs": {"config", "models", "sampling", "losses"} | SIDE,
     "evaluation": {"config", "models", "sampling", "pairs"} | SIDE,
     "verify": {"config", "models", "sampling", "losses", "data", "hf"},
     "benchmark": {"config", "models", "losses", "sampling", "pairs", "training"} | SIDE,

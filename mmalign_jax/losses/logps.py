@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -58,6 +59,7 @@ def answer_statistics(
     chunk: int = 128,
     wanted: Collection[str] = (),
     reference: tuple[Float[Array, "B T _D"], Float[Array, "_D V"]] | None = None,
+    allowed: Bool[Array, " V"] | Bool[np.ndarray, " V"] | None = None,
 ) -> TokenStats:
     """Log-probs of the answer tokens of packed rows `[prefix | answer 1 | ... | answer K]` (`types.PairBatch`), and more of the same logits.
 
@@ -77,6 +79,7 @@ def answer_statistics(
       chunk: most positions of a row whose logits exist at one time.
       wanted: which of `STATISTICS` to compute.
       reference: the reference's hidden states and output kernel, for `kl`, of any width; cut off from differentiation.
+      allowed: the tokens among which `argmax` is the likeliest; None for all.
 
     Raises:
       ValueError: the slots do not make up the row, an unknown statistic is wanted, or `kl` is without a reference.
@@ -102,7 +105,7 @@ def answer_statistics(
         if "kl" in wanted:
             theirs = jax.lax.stop_gradient(reference)
             heads, states = (*heads, _gathered(theirs[1])), (*states, predicting(theirs[0]))
-        found = _chunked(states, heads, tokens[:, prefix_slots:], chunk, softcap, frozenset(wanted))
+        found = _chunked(states, heads, tokens[:, prefix_slots:], chunk, softcap, frozenset(wanted), allowed)
         # after the selection, so that a gradient of exactly 0 goes to slots off the answers
         found = {name: jnp.where(mask, value, 0).reshape(rows, answers, answer_slots) for name, value in found.items()}
     return TokenStats(mask=mask.reshape(rows, answers, answer_slots), **found)
@@ -145,6 +148,7 @@ def _chunked(
     chunk: int,
     softcap: float | None,
     wanted: frozenset[str],
+    allowed: Array | np.ndarray | None,
 ) -> dict[str, Array]:
     rows, slots, _ = hidden[0].shape
     chunks = math.ceil(slots / chunk)
@@ -155,7 +159,7 @@ def _chunked(
         return jnp.moveaxis(mesh.reshape(x, (rows, chunks, size, *x.shape[2:]), "batch", *(None,) * x.ndim), 1, 0)
 
     def body(_: None, some: tuple[tuple[Array, ...], Array]) -> tuple[None, dict[str, Array]]:
-        return None, _of_chunk(*some, heads, softcap, wanted)
+        return None, _of_chunk(*some, heads, softcap, wanted, allowed)
 
     # one chunk's logits exist in the backward pass anyway; prevent_cse only matters outside of a scan
     body = body if chunks == 1 else jax.checkpoint(body, prevent_cse=False)
@@ -169,6 +173,7 @@ def _of_chunk(
     heads: tuple[Float[Array, "_D V"], ...],
     softcap: float | None,
     wanted: frozenset[str],
+    allowed: Array | np.ndarray | None,
 ) -> dict[str, Array]:
     logits = _logits(hidden[0], heads[0], softcap)
     total = jax.nn.logsumexp(logits, axis=-1)
@@ -184,7 +189,8 @@ def _of_chunk(
         gap = (theirs - logits) - (jax.nn.logsumexp(theirs, axis=-1) - total)[..., None]
         out["kl"] = jnp.sum(jax.nn.softmax(theirs, axis=-1) * gap, axis=-1)
     if "argmax" in wanted:
-        out["argmax"] = jnp.argmax(logits, axis=-1)  # of a sharded vocabulary: the largest of each share's largest
+        choices = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+        out["argmax"] = jnp.argmax(choices, axis=-1)  # of a sharded vocabulary: the largest of each share's largest
     return out
 
 

@@ -180,9 +180,15 @@ def _attend_block(
     value: Float[Array, "B G K E"],
     mask: Bool[Array, "B Q K"],
 ) -> Float[Array, "B G r Q E"]:
+    return jnp.einsum("bgrqk,bgke->bgrqe", attention_weights(config, query, key, mask).astype(value.dtype), value)
+
+
+def attention_weights(
+    config: DecoderConfig, query: Float[Array, "B G r Q E"], key: Float[Array, "B G K E"], mask: Bool[Array, "B Q K"]
+) -> Float[Array, "B G r Q K"]:
+    """The weights, float32, of a block of queries; they sum to 1 where a query sees anything."""
     scores = jnp.einsum("bgrqe,bgke->bgrqk", query, key, preferred_element_type=jnp.float32)
-    weights = _softmax(scores, mask[:, None, None], config).astype(value.dtype)
-    return jnp.einsum("bgrqk,bgke->bgrqe", weights, value)
+    return _softmax(scores, mask[:, None, None], config)
 
 
 def attend_lanes(

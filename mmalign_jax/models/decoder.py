@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mmalign_jax.models import cudnn
 from mmalign_jax.models.attention import Regions, attend, attend_lanes, rope_tables, rotate
 from mmalign_jax.models.config import DecoderConfig
+from mmalign_jax.models.image_attention import image_mass
 from mmalign_jax.models.layers import Embed, Linear, RMSNorm, activation
 from mmalign_jax.models.remat import remat
 
@@ -65,6 +66,7 @@ class Layers:
       rope, local_rope: cos and sin of full and of windowed layers; `local_rope` is None where they are the same.
       index: slot of the tails that this step will fill, one for all rows or one a row; None for packed rows.
       deep: what is added to the hidden states behind each of the first J layers (DeepStack, arXiv 2406.04334).
+      membership: of packed rows; which slots of the prefix are tokens of which image, where the answers' attention to them is asked for.
     """
 
     masks: Masks
@@ -72,6 +74,7 @@ class Layers:
     local_rope: tuple[Array, Array] | None = None
     index: Int[Array, ""] | Int[Array, " B"] | None = None
     deep: Float[Array, "J B T D"] | None = None
+    membership: Float[Array, "B P M"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -133,7 +136,10 @@ class _Attention(nn.Module):
             mixed = attend_lanes(c, query, (shared.key, shared.value), mask, (tail.key, tail.value), filled, own)
         else:
             mixed = _attend_rows(c, query, new, mask, layers.masks)
-            new = KeyValues(new.key.swapaxes(1, 2), new.value.swapaxes(1, 2))
+            if layers.membership is None:
+                new = KeyValues(new.key.swapaxes(1, 2), new.value.swapaxes(1, 2))
+            else:
+                new = image_mass(c, query, new.key, mask, layers.masks.regions, layers.membership)
         bias = (c.width,) if c.out_bias else ()
         shape, kernel_axes = (c.heads, c.head_width, c.width), ("heads", None, "embed")
         return Linear("bthe,hed->btd", shape, kernel_axes, ("batch", None, None), bias, (None,), c.lora, name="out")(mixed), new
@@ -174,7 +180,7 @@ class _Mlp(nn.Module):
 
 class _Block(nn.Module):
     """Gives also keys and values where `keep_cache` asks for them: of decode lanes those of the new tokens, or with `fill_tail` the tails
-    with these in their slots.
+    with these in their slots; or in their place the answers' attention to images where `Layers.membership` asks for it.
     """
 
     config: DecoderConfig
@@ -188,14 +194,14 @@ class _Block(nn.Module):
         def norm(name: str, x: Array) -> Array:
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
 
-        mixed, keys_values = _Attention(c, self.fill_tail, name="attention")(norm("input_norm", x), this, layers)
+        mixed, kept = _Attention(c, self.fill_tail, name="attention")(norm("input_norm", x), this, layers)
         x = x + (norm("attention_out_norm", mixed) if c.sandwich else mixed)
         inner = _Mlp(c, name="mlp")(norm("post_norm", x))
         x = x + (norm("mlp_out_norm", inner) if c.sandwich else inner)
         if layers.deep is not None:
             count = layers.deep.shape[0]
             x = x + jnp.where(this.number < count, layers.deep[jnp.minimum(this.number, count - 1)], 0).astype(x.dtype)
-        return x, (keys_values if self.keep_cache else None)
+        return x, (kept if self.keep_cache or layers.membership is not None else None)
 
 
 class Decoder(nn.Module):
@@ -233,26 +239,27 @@ class Decoder(nn.Module):
         deep: Float[Array, "J B T D"] | None = None,
         cache: LayerCache | None = None,
         index: Int[Array, ""] | Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KeyValues | None]:
+        membership: Float[Array, "B P M"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValues | Float[Array, "L B KR M"] | None]:
         """Last hidden states, and the keys and values where `keep_cache` asks for them: of decode lanes those of the new tokens, or the
-        filled tails where layers are apart.
+        filled tails where layers are apart. With `membership`, what `image_attention.image_mass` says of every layer in their place.
 
         Args:
           positions: rotary positions.
-          deep: see `Layers`.
+          deep, membership: see `Layers`.
           cache, index: of decode lanes, whose T is S: their caches, and how many slots of the tails are filled.
         """
         c = self.config
         rope = rope_tables(c.rope, c.head_width, positions)
         local_rope = None if c.local_rope is None else rope_tables(c.local_rope, c.head_width, positions)
-        shared = Layers(masks, rope, local_rope, index, deep)
+        shared = Layers(masks, rope, local_rope, index, deep, membership)
         if self.apart:
-            x, keys_values = self._one_by_one(inputs, cache, shared)
+            x, kept = self._one_by_one(inputs, cache, shared)
         else:
-            x, keys_values = self.layers(inputs, _This(cache, jnp.arange(c.layers), jnp.array(local_layers(c))), shared)
+            x, kept = self.layers(inputs, _This(cache, jnp.arange(c.layers), jnp.array(local_layers(c))), shared)
         if not c.tied_head:
             self.head()
-        return self.final_norm(x), keys_values
+        return self.final_norm(x), kept
 
     def _one_by_one(self, x: Float[Array, "B T D"], cache: LayerCache | None, shared: Layers) -> tuple[Float[Array, "B T D"], KeyValues | None]:
         """What a scan over the layers gives."""

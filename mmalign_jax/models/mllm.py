@@ -98,6 +98,21 @@ class Mllm:
         """
         return self.attention.of(self.config.decoder, self.dtype, self._regions(prefix_slots, answer_slots))
 
+    def attention_to_images(
+        self, params: dict, features: Float[Array, "B F U"], batch: PairBatch, image: Int[Array, "B P"], count: int
+    ) -> Float[Array, "L B K R M"]:
+        """How much of the attention of each answer slot goes to the tokens of each of `count` images, layer by layer; see
+        `image_attention.image_mass`. Slots without an answer's token say nothing.
+
+        Args:
+          image: number of the image that a slot of the prefix is a token of, -1 for none.
+        """
+        membership = (image[..., None] == jnp.arange(count)).astype(jnp.float32)
+        with jax.named_scope("image_attention"):
+            _, mass = self._decode_rows(params, features, batch, Decoder(self.config.decoder), "blocks", membership=membership)
+            shape = (*mass.shape[:2], batch.answers, batch.answer_slots, count)
+            return mesh.reshape(mass, shape, None, "batch", None, None, None)
+
     def prefill(
         self,
         params: dict,
@@ -189,7 +204,7 @@ class Mllm:
 
     def _decode_rows(
         self, params: dict, features: Array, batch: PairBatch, decoder: Decoder, implementation: str,
-        visible: Array | None = None, images_see_all: bool = False,
+        visible: Array | None = None, images_see_all: bool = False, membership: Array | None = None,
     ):  # fmt: skip
         c, width = self.config.decoder, self.config.decoder.width
         local = local_layers(c)
@@ -210,7 +225,7 @@ class Mllm:
         if self.config.feature_parts > 1:
             deep = jnp.stack(jnp.split(jnp.where(here, placed[..., width:], 0), self.config.feature_parts - 1, axis=-1))
         turning = batch.positions if batch.mrope is None else batch.mrope
-        return decoder.apply({"params": params["decoder"]}, inputs, turning, masks, deep=deep)
+        return decoder.apply({"params": params["decoder"]}, inputs, turning, masks, deep=deep, membership=membership)
 
     def _image_of(self, batch: PairBatch) -> Int[Array, "B T"]:
         """Number of the tile that a token is a feature of, -1 for text."""

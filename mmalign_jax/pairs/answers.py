@@ -122,7 +122,7 @@ def check_settings(config: Config, processor: Processor, *, of_samples: bool) ->
         raise UserError(f"config.samples.sources: {late[0]} gives answers before training (config.pairs.when = offline), not between its steps")
     if of_samples:
         return
-    if selector.compares and not samples.scorers:
+    if selector.reads_scores and not samples.scorers:
         raise UserError(f"config.samples.scorers: {selector.name} goes by scores; say what answers are worth")
     if samples.gap and not selector.compares:
         raise UserError(f"config.samples.gap: {selector.name} does not go by scores; leave it 0")

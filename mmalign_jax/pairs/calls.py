@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from mmalign_jax.errors import UserError, did_you_mean
 
 _CALL = re.compile(r"\s*(\w+)\s*(?:\((.*)\)\s*)?")
+_COMMA = re.compile(r",(?![^()]*\))")  # not within brackets
 _NAMED = re.compile(r"(?:([^\W\d]\w*)\s*=)?\s*(.*)")
 
 Value = int | float | str
@@ -71,6 +72,36 @@ class Choice:
         return word
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """An argument that is a part of another table, with arguments of its own: "argmax(diffusion(500))".
+
+    Args:
+      default: as `read` writes it.
+    """
+
+    name: str
+    default: str
+    table: "Table"
+
+    @property
+    def allowed(self) -> str:
+        return f"a {self.table.noun}"
+
+    def read(self, text: str) -> str:
+        """The part with all its arguments by name, so that equal parts are written equally.
+
+        Raises:
+          UserError: see `Table.read`.
+        """
+        return written(*self.table.read(text, self.name))
+
+
+def written(name: str, arguments: Mapping[str, Value]) -> str:
+    """A part with its arguments by name."""
+    return f"{name}({','.join(f'{key}={value}' for key, value in arguments.items())})" if arguments else name
+
+
 @runtime_checkable
 class Kind(Protocol):
     """A kind of part: its name, and what it takes, in the order in which it may be given without names."""
@@ -79,7 +110,7 @@ class Kind(Protocol):
     def name(self) -> str: ...
 
     @property
-    def arguments(self) -> Sequence[Number | Choice]: ...
+    def arguments(self) -> Sequence[Number | Choice | Call]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +161,7 @@ class Table:
         """Which argument is given which text."""
         known, usage = [argument.name for argument in kind.arguments], f"Known: {self.usage(kind.name)}"
         written: dict[str, str] = {}
-        for place, item in enumerate(inner.split(",") if inner and inner.strip() else ()):
+        for place, item in enumerate(_COMMA.split(inner) if inner and inner.strip() else ()):
             key, value = _NAMED.fullmatch(item.strip()).groups()
             if key is None:
                 if place >= len(known):
@@ -145,11 +176,13 @@ class Table:
             written[key] = value.strip()
         return written
 
-    def _value(self, kind: Kind, argument: Number | Choice, text: str | None, where: str) -> Value:
+    def _value(self, kind: Kind, argument: Number | Choice | Call, text: str | None, where: str) -> Value:
         if text is None:
             return argument.default
         try:
             return argument.read(text)
+        except UserError as error:
+            raise UserError(f"{where}: {kind.name}: {error}") from error
         except ValueError:
             wrong = f"{where}: {kind.name}: {argument.name} must be {argument.allowed}, got {text!r}"
             raise UserError(f"{wrong}. Known: {self.usage(kind.name)}") from None

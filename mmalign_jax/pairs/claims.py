@@ -12,12 +12,11 @@ from jaxtyping import Array, Bool, Float
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import DataConfig
-from mmalign_jax.data.device import to_device
-from mmalign_jax.data.layout import RowTokens, lay_out, stack_rows, tokenize
+from mmalign_jax.data.layout import RowTokens, lay_out, tokenize
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.models.mllm import Mllm
-from mmalign_jax.pairs.rows import layout_of
+from mmalign_jax.pairs.rows import batches, layout_of
 from mmalign_jax.pairs.sentences import split_sentences
 from mmalign_jax.types import PREFIX, PairBatch, Part, PreferenceRecord, Turn
 
@@ -88,14 +87,10 @@ class Claims:
         if not rows:
             return [None] * len(asked)
         layout = layout_of(rows, processor, self._limits)
-        for start in range(0, len(questions), self._rows):
-            some = list(range(start, min(start + self._rows, len(questions))))
-            # the last batch is filled with copies of its last row
-            filled = [*some, *[some[-1]] * (self._rows - len(some))]
-            laid = [lay_out(questions[n], None, processor, layout, rows[n]) for n in filled]
+        lay = lambda number: lay_out(questions[number], None, processor, layout, rows[number])  # noqa: E731
+        for numbers, batch in batches(len(questions), lay, layout, self._critic.mesh, self._rows):
             with jax.set_mesh(self._critic.mesh):
-                batch = to_device(stack_rows(laid, layout), self._critic.mesh, batch_axis=0)
-                out += np.asarray(jax.device_get(self._run(self._params, batch)))[: len(some)].tolist()
+                out += np.asarray(jax.device_get(self._run(self._params, batch)))[: len(numbers)].tolist()
         known = iter(out)
         return [next(known) if fit else None for fit in fits]
 

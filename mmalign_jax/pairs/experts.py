@@ -1,4 +1,5 @@
-"""Scorers that are more than a rule, opened from their settings: a judge behind an endpoint, a reward model, CLIP, a critic of single claims."""
+"""Scorers that are more than a rule, opened from their settings: a judge behind an endpoint, a reward model, CLIP, a critic of single claims, the
+policy's attention."""
 
 import dataclasses
 import itertools
@@ -8,6 +9,7 @@ from pathlib import Path
 from mmalign_jax.config import Config, JudgeConfig
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
+from mmalign_jax.pairs.attention_ratio import AttentionRatio
 from mmalign_jax.pairs.claims import Claims
 from mmalign_jax.pairs.clip_score import ClipScorer
 from mmalign_jax.pairs.judge import Answer, Judge, Prompt
@@ -59,6 +61,10 @@ def with_experts(scorers: Scorers, policy: Pretrained, config: Config, replies: 
         elif name == "claims":
             critic = Pretrained.read(Path(config.samples.critic), policy.mesh, config.model.compute_dtype) if config.samples.critic else policy
             experts[name] = Claims(critic, config.samples.claim, limits=config.data)
+        elif name == "attention":
+            given = scorers.arguments(name)
+            asked = (given["two"], given["three"], given["more"])
+            experts[name] = AttentionRatio(policy, layer=given["layer"], per=given["per"], asked=asked, limits=config.data)
     return dataclasses.replace(scorers, experts=experts)
 
 

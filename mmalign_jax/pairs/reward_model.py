@@ -12,14 +12,12 @@ from jaxtyping import Array, Float
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import DataConfig
-from mmalign_jax.data.device import to_device
-from mmalign_jax.data.layout import RowTokens, lay_out, stack_rows, tokenize
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.hf.score_head import FILE, has_head
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.score_head import at_ends
-from mmalign_jax.pairs.rows import layout_of
+from mmalign_jax.pairs.rows import batches, lay_out_answers, layout_of, tokenize_answers
 from mmalign_jax.types import PairBatch, PreferenceRecord
 
 
@@ -75,31 +73,18 @@ class RewardModel:
             raise ValueError(f"{len(records)} records, and answers for {len(answers)}")
         out: list[list[float]] = [[] for _ in records]
         asked = [number for number, texts in enumerate(answers) if len(texts)]
-        rows = {number: self._tokens(records[number], answers[number]) for number in asked}
+        processor = self.policy.processor
+        rows = {number: tokenize_answers(records[number], answers[number], processor, self._limits) for number in asked}
         if not asked:
             return out
-        layout = layout_of(list(rows.values()), self.policy.processor, self._limits)
-        for start in range(0, len(asked), self._rows):
-            some = asked[start : start + self._rows]
-            # the last batch is filled with copies of its last row
-            filled = [*some, *[some[-1]] * (self._rows - len(some))]
-            laid = [lay_out(records[n], None, self.policy.processor, layout, _padded(rows[n], layout.answers)) for n in filled]
+        layout = layout_of(list(rows.values()), processor, self._limits)
+        lay = lambda at: lay_out_answers(records[asked[at]], rows[asked[at]], processor, layout)  # noqa: E731
+        for places, batch in batches(len(asked), lay, layout, self.policy.mesh, self._rows):
             with jax.set_mesh(self.policy.mesh):
-                batch = to_device(stack_rows(laid, layout), self.policy.mesh, batch_axis=0)
                 found = np.asarray(jax.device_get(self._run(self.params, batch)))
-            for number, scores in zip(some, found, strict=False):
-                out[number] = [float(score) for score in scores[: len(answers[number])]]
+            for place, scores in zip(places, found, strict=False):
+                out[asked[place]] = [float(score) for score in scores[: len(answers[asked[place]])]]
         return out
-
-    def _tokens(self, record: PreferenceRecord, texts: Sequence[str]) -> RowTokens:
-        processor = self.policy.processor
-        prompt = tokenize(record, None, processor, 0, **self._limits)
-        return dataclasses.replace(prompt, answers=tuple(processor.answer_ids(text, record.prefix) for text in texts))
-
-
-def _padded(row: RowTokens, answers: int) -> RowTokens:
-    """The row with so many answers: copies of its first one behind its own."""
-    return dataclasses.replace(row, answers=(*row.answers, *[row.answers[0]] * (answers - len(row.answers))))
 
 
 def _scores(model: Mllm, params: dict, batch: PairBatch) -> Float[Array, "B K"]:

@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from mmalign_jax.errors import UserError
 from mmalign_jax.mentions import Mentions
-from mmalign_jax.pairs.calls import Number, Table, Value
+from mmalign_jax.pairs.calls import Choice, Number, Table, Value
 from mmalign_jax.pairs.selectors import Candidate
 from mmalign_jax.types import PreferenceRecord
 
@@ -70,7 +70,7 @@ class ExpertKind:
 
     name: str
     description: str
-    arguments: tuple[Number, ...]
+    arguments: tuple[Number | Choice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,10 @@ class Scorers:
     def expected(self) -> tuple[str, ...]:
         """Names of the experts among them."""
         return tuple(name for name, _, _ in self.parts if isinstance(_KINDS[name], ExpertKind))
+
+    def arguments(self, name: str) -> Mapping[str, Value]:
+        """What a scorer among them was given beside its weight."""
+        return next(arguments for part, _, arguments in self.parts if part == name)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -287,6 +291,17 @@ _KINDS: dict[str, Rule | ExpertKind] = {
             "claims",
             "Minus the number of sentences that a model, asked `config.samples.claim`, denies rather than affirms (RLAIF-V, arXiv 2405.17220).",
             (_weight(1.0),),
+        ),
+        ExpertKind(
+            "attention",
+            "How much of its attention to pictures goes to the one that is asked about (`meta[\"target_image\"]`, from 0), less what MIA-DPO (arXiv "
+            "2410.17637) asks of prompts with `two`, `three` or `more` pictures: at most 0 where it looks elsewhere.",
+            (
+                _weight(1.0),
+                Number("layer", -1, low=-1, high=10_000),
+                Choice("per", "image", ("image", "token")),
+                *(Number(name, asked, low=0.0, high=1.0) for name, asked in (("two", 0.8), ("three", 0.7), ("more", 0.6))),
+            ),
         ),
     )
 }

@@ -11,6 +11,7 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.pairs.calls import Choice, Number, Table, Value
 from mmalign_jax.types import FORMS, Group, Label, Preference
 
+_ANY = 1e9  # above all scores
 REFERENCE = "reference"  # the source of an answer that is true by itself
 
 
@@ -96,6 +97,11 @@ class Selector:
         if self.name == "group":
             return max(2, arguments["size"])
         return 1 if self.name == "unpaired" and arguments["by"] == "threshold" else 2
+
+    @property
+    def reads_scores(self) -> bool:
+        """Whether scores say which answers are taken."""
+        return self.compares or dict(self.arguments).get("ceiling", _ANY) < _ANY
 
     def __call__(self, candidates: Sequence[Candidate], filters: "Filters", asked: int = 0) -> Selection:
         """The rows that the selector makes and the filters let through, in order.
@@ -208,12 +214,15 @@ def best_worst(candidates: Sequence[Candidate]) -> list[Edge]:
     return [(order[0], order[-1], candidates[order[0]].score - candidates[order[-1]].score)] if len(order) > 1 else []
 
 
-def reference_against_own(candidates: Sequence[Candidate], most: int = 0) -> list[Edge]:
-    """The reference over other answers (SeVa, arXiv 2404.10501), those that score least first. Nobody judges: margin 0."""
+def reference_against_own(candidates: Sequence[Candidate], most: int = 0, ceiling: float = _ANY) -> list[Edge]:
+    """The reference over other answers (SeVa, arXiv 2404.10501), those that score least first. Margin 0.
+
+    Those that score more than `ceiling` are not rejected (MIA-DPO, arXiv 2410.17637).
+    """
     first = next((index for index, one in enumerate(candidates) if one.source == REFERENCE), None)
     if first is None:
         return []
-    own = [index for index in reversed(_scored(candidates)) if index != first]
+    own = [index for index in reversed(_scored(candidates)) if index != first and candidates[index].score <= ceiling]
     edges = [(first, index, 0.0) for index in own]
     return edges[:most] if most else edges
 
@@ -294,7 +303,7 @@ _BY_NAME = {
     for kind in (
         Kind("all_pairs", all_pairs, (_MOST,)),
         Kind("best_worst", best_worst),
-        Kind("reference_against_own", reference_against_own, (_MOST,), compares=False),
+        Kind("reference_against_own", reference_against_own, (_MOST, Number("ceiling", _ANY, low=-_ANY, high=_ANY)), compares=False),
         Kind("by_source", by_source, (_MOST,), compares=False),
         Kind("correct_against_incorrect", correct_against_incorrect, (_THRESHOLD, _MOST)),
         Kind("unpaired", unpaired, (_THRESHOLD, Choice("by", "threshold", ("threshold", "mean"))), makes="labels"),

@@ -18,13 +18,15 @@ from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.hf.processor import Processor
 from mmalign_jax.mentions import Mentions
 from mmalign_jax.pairs import judge, views
-from mmalign_jax.pairs.calls import Number, Table, Value
+from mmalign_jax.pairs.calls import Call, Choice, Number, Table, Value, written
 from mmalign_jax.pairs.judge.editor import Editor
 from mmalign_jax.pairs.judge.settings import asks_of, check_asked
 from mmalign_jax.pairs.own_answers import OWN, Own, OwnAnswers, Prompt
 from mmalign_jax.pairs.rows import layout_of
 from mmalign_jax.pairs.scorers import reference_text, shown
 from mmalign_jax.pairs.sentences import swap_yes_no
+from mmalign_jax.pairs.teacher_forced import WHERE, TeacherForced
+from mmalign_jax.pairs.views.parsing import TABLE as VIEW_TABLE
 from mmalign_jax.pairs.views.table import BY_NAME as VIEWS
 from mmalign_jax.types import PreferenceRecord, record_key
 
@@ -54,7 +56,7 @@ class Kind:
 
     name: str
     description: str
-    arguments: tuple[Number, ...] = ()
+    arguments: tuple[Number | Choice | Call, ...] = ()
     online: bool = False
     drawn: bool = False
 
@@ -72,6 +74,11 @@ class Named:
         return views.View(self.name, tuple(self.arguments.items())) if self.name in VIEWS else None
 
     @property
+    def seen(self) -> views.View | None:
+        """What the policy sees in the place of the pictures, where that is a view."""
+        return views.parse(self.arguments["view"]) if self.name == "argmax" else self.view
+
+    @property
     def online(self) -> bool:
         return self.view is not None or _KINDS[self.name].online
 
@@ -82,7 +89,7 @@ class Named:
         return 2 if self.name == "dataset" else 1
 
     def __str__(self) -> str:
-        return f"{self.name}({','.join(f'{name}={value}' for name, value in self.arguments.items())})" if self.arguments else self.name
+        return written(self.name, self.arguments)
 
 
 def parse(texts: Sequence[str], where: str = "config.samples.sources") -> tuple[Named, ...]:
@@ -98,8 +105,8 @@ def parse(texts: Sequence[str], where: str = "config.samples.sources") -> tuple[
         named = Named(*_TABLE.read(text, where))
         if named in out:
             raise UserError(f"{where}: {text} comes twice")
-        if named.view is not None and named.view.needs:
-            raise UserError(f"{where}: {named.name} needs {', '.join(sorted(named.view.needs))}, which are not at hand when answers are drawn")
+        if named.seen is not None and named.seen.needs:
+            raise UserError(f"{where}: {named.seen.name} needs {', '.join(sorted(named.seen.needs))}, which are not at hand when answers are drawn")
         out.append(named)
     return tuple(out)
 
@@ -146,6 +153,9 @@ def open_sources(
             out.append(OwnAnswers(*drawn, view=one.view))
         elif one.name == "continued":
             out.append(Continued(OwnAnswers(*drawn, source=str(one)), processor, layout, one.arguments["cut"]))
+        elif one.name == "argmax":
+            place = (policy.model, processor, policy.mesh, samples.seed, layout, rows)
+            out.append(Argmax(TeacherForced(str(one), *place, one.seen, one.arguments["where"])))
         elif one.name == "dataset":
             out.append(Dataset(processor))
         elif one.name == "swap":
@@ -245,6 +255,21 @@ def _without_pictures(record: PreferenceRecord) -> PreferenceRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class Argmax:
+    """What the policy finds likeliest at each token of the reference, under a view of the pictures."""
+
+    said: TeacherForced
+
+    @property
+    def name(self) -> str:
+        return self.said.name
+
+    def __call__(self, params: dict, prompts: Sequence[Prompt], draw: int) -> list[list[Own]]:
+        references = [_reference(prompt.record, "argmax") for prompt in prompts]
+        return [[one] for one in self.said(params, prompts, references, draw)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Swap:
     """The reference with some of the kinds of things that it names exchanged for others, which neither it nor `meta["objects"]` names."""
 
@@ -317,6 +342,12 @@ _KINDS = {
             "arXiv 2411.10442).",
             (Number("cut", 0.5, low=0.0, high=0.95),),
             drawn=True,
+        ),
+        Kind(
+            "argmax",
+            "the token that the policy finds likeliest at each place of the reference, given the reference before it and the pictures under `view` "
+            "(POVID, arXiv 2402.11411, made beforehand); with `where=changed` only where the view changes it.",
+            (Call("view", str(views.parse("diffusion(500,pixel)")), VIEW_TABLE), Choice("where", WHERE[0], WHERE)),
         ),
         Kind("dataset", "the answers that the set has, to be scored anew."),
         Kind(

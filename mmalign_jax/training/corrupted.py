@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.pairs import views
+from mmalign_jax.pairs.seen import under
 from mmalign_jax.types import PairBatch
 
 
@@ -29,8 +29,6 @@ def corrupted(
       features, target: for views that need them, see `views.View.apply`.
     """
     keys = views.row_keys(key, batch.record_key, epoch)
-    images = batch.images.astype(jnp.float32) if view.float_pixels else batch.images
-    extent = None if batch.patches is None else batch.patches.extent
-    statistics = {"pixel_mean": model.pixel_mean, "pixel_std": model.pixel_std}
-    seen = view.apply(images, keys, extent=extent, other_images=batch.other_images, features=features, target=target, **statistics)
+    needed = {"other_images": batch.other_images, "features": features, "target": target}
+    seen = under(view, model, batch.images, batch.patches, keys, **needed)
     return batch.with_images(jax.lax.stop_gradient(seen))

@@ -201,6 +201,13 @@ def test_trl_scores_and_margins(tmp_path):
     assert "margin is 'big', no number" in str(word) and "score_chosen is True, no number" in str(truth)
 
 
+def test_trl_rows_that_name_their_picture(tmp_path):
+    row = {"prompt": [user("Q?")], "chosen": [assistant("yes")], "rejected": [assistant("no")]}
+    first, second, *bad = rows(jsonl(tmp_path / "a.jsonl", [row | {"target_image": number} for number in (None, 1, -1, 0.5, "two", "inf")]))
+    assert "target_image" not in first.meta and second.meta["target_image"] == 1
+    assert all("target_image is" in str(one) for one in bad) and len(bad) == 4
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="config.data.path"):
         sources.read(DataConfig())

@@ -76,6 +76,19 @@ def test_what_is_not_wanted_is_none():
         losses.answer_statistics(*arrays, **SLOTS, wanted=("kld",), reference=reference)
 
 
+def test_the_likeliest_of_the_allowed_tokens():
+    arrays, _ = rows()
+    free = losses.answer_statistics(*arrays, **SLOTS, wanted=("argmax",))
+    allowed = np.ones(V, bool)
+    allowed[np.unique(np.asarray(free.argmax)[np.asarray(free.mask)])[::2]] = False
+    found = losses.answer_statistics(*arrays, **SLOTS, wanted=("argmax",), allowed=allowed, chunk=3)
+    hidden, head, tokens, role = arrays
+    kept = np.flatnonzero(allowed)
+    expected = dense((hidden, head[:, kept], jnp.zeros_like(tokens), role), (hidden, head[:, kept]))["argmax"].astype(int)
+    np.testing.assert_array_equal(found.argmax, np.where(found.mask, kept[expected], 0))
+    np.testing.assert_array_equal(found.logps, free.logps)
+
+
 def test_kl_from_itself_is_0():
     arrays, _ = rows()
     found = losses.answer_statistics(*arrays, **SLOTS, wanted=("kl",), reference=arrays[:2])
@@ -112,11 +125,11 @@ def test_same_statistics_on_eight_devices(sizes):
     # the reference is as wide as the policy, so that its kernel shards alike
     (hidden, head, *ints), _ = rows(repeat=2)
     hidden = jnp.nan_to_num(hidden)
-    reference = hidden[:, ::-1] * 0.5, head[::-1]
+    reference, allowed = (hidden[:, ::-1] * 0.5, head[::-1]), np.arange(V) % 3 > 0
 
     def step(hidden, head, reference, tokens, role):
         def total(hidden, head):
-            found = losses.answer_statistics(hidden, head, tokens, role, **SLOTS, chunk=3, wanted=ALL, reference=reference)
+            found = losses.answer_statistics(hidden, head, tokens, role, **SLOTS, chunk=3, wanted=ALL, reference=reference, allowed=allowed)
             return jnp.sum(found.kl) + jnp.sum(found.entropy * found.collision), found
 
         return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, head)

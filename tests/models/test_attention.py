@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmalign_jax.models.attention import Regions, attend, packed_mask
+from mmalign_jax.models.image_attention import image_mass
 from mmalign_jax.models.presets import preset
 from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX
 
@@ -91,3 +92,26 @@ def test_products_are_counted_as_they_are_computed():
     cost = jax.jit(lambda *qkv: attend(config(), *qkv, mask, regions)).lower(query, key, value).compile().cost_analysis()
     np.testing.assert_allclose(cost["flops"], 4 * HEADS * WIDTH * counted, rtol=0.2)  # the softmax is the rest
     assert Regions(PREFIX_SLOTS, ANSWER_SLOTS, causal=False).products(0) == PREFIX_SLOTS**2
+
+
+def membership():
+    out = np.zeros((1, PREFIX_SLOTS, 2), np.float32)
+    out[0, 10:130, 0] = out[0, 130:250, 1] = 1
+    return jnp.array(out)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(50, 3.0), pytest.param(None, None, marks=pytest.mark.nightly)])
+def test_attention_to_images_by_blocks(window, softcap):
+    """It is what comes out where the values say which image a key is of."""
+    c, regions = config(attention_softcap=softcap), Regions(PREFIX_SLOTS, ANSWER_SLOTS, causal=True)
+    query, key, _, mask, there = arrays(window)
+    marks = jnp.pad(membership(), ((0, 0), (0, mask.shape[1] - PREFIX_SLOTS), (0, 0)))
+    with jax.enable_x64(True):
+        value = jnp.broadcast_to(marks[:, :, None], (*marks.shape[:2], GROUPS, 2))
+        expected = in_one_piece(c, query, key, value, mask).mean(axis=2)[:, PREFIX_SLOTS:]
+    found = image_mass(c, query, key, mask, regions, membership())
+    there = there[PREFIX_SLOTS:]
+    assert found.dtype == jnp.float32 and found.shape == (1, len(LENGTHS) * ANSWER_SLOTS, 2)
+    np.testing.assert_allclose(found[0, there], expected[0, there], rtol=1e-5, atol=1e-7)
+    made = sizes(jax.make_jaxpr(lambda q: image_mass(c, q, key, mask, regions, membership()))(query).jaxpr)
+    assert max(made) <= HEADS * 128 * (PREFIX_SLOTS + ANSWER_SLOTS)

@@ -35,6 +35,8 @@ def test_the_reference_over_own_answers():
     assert edges("reference_against_own", candidates) == [(1, 2, 0.0), (1, 0, 0.0)]
     assert edges("reference_against_own(most=1)", candidates) == [(1, 2, 0.0)]
     assert edges("reference_against_own", candidates[:1]) == []
+    assert edges("reference_against_own(ceiling=0.25)", candidates) == [(1, 2, 0.0)]
+    assert edges("reference_against_own(ceiling=0.2)", candidates) == []
 
 
 def test_sources_in_their_order_whatever_the_scores():

@@ -133,6 +133,11 @@ def test_an_editors_answers_and_those_it_does_not_give(ask):
         (["polcy"], "no source 'polcy'. Did you mean policy"),
         (["policy", "policy"], "policy comes twice"),
         (["other_image"], "other_image needs other_images"),
+        (["argmax(other_image)"], "other_image needs other_images"),
+        (["argmax(difusion(3))"], "config.samples.sources: argmax: view: no view 'difusion'. Did you mean diffusion"),
+        (["argmax(diffusion(3,5))"], "argmax: view: diffusion: space must be normalised or pixel, got '5'"),
+        (["argmax(where=some)"], "argmax: where must be all or changed, got 'some'. Known: argmax: view .a view, by default diffusion"),
+        (["argmax", "argmax(diffusion(500, space=pixel), all)"], "comes twice"),
     ],
 )
 def test_mistakes_are_named(given, message):
@@ -155,6 +160,7 @@ def test_a_source_that_lacks_its_settings_is_named(ask):
     ("samples", "message"),
     [
         ({"selector": "best_worst"}, "config.samples.scorers: best_worst goes by scores"),
+        ({"selector": "reference_against_own(ceiling=0)"}, "config.samples.scorers: reference_against_own goes by scores"),
         ({"selector": "by_source", "sources": ("policy",)}, "config.samples.sources: by_source sets answers of a source above"),
         ({"selector": "by_source", "sources": ("policy", "black"), "gap": 1.0}, "config.samples.gap: by_source does not go by scores"),
         ({"selector": "all_pairs", "scorers": ("exact",), "sources": ("swap",), "synonyms": "TABLE"}, "config.samples.count: one answer"),

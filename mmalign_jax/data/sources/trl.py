@@ -89,7 +89,7 @@ def _record(record_id: str, row: dict, media: MediaReader, max_frames: int, plac
         turns=close(prompt, counts, media_first=not any(turn.typed for turn in prompt), place=place),
         responses=responses,
         prefs=(Preference(0, 1, margin=margin),),
-        meta={"file": place.file, "row": place.row} | {key: str(row[key]) for key in ("id", "idx") if row.get(key) is not None},
+        meta={"file": place.file, "row": place.row} | {key: str(row[key]) for key in ("id", "idx") if row.get(key) is not None} | _target(row, place),
     )
 
 
@@ -103,6 +103,16 @@ def _number(row: dict, name: str, place: Place) -> float | None:
         return float(value)
     except (TypeError, ValueError) as error:
         raise place.bad("malformed_row", f"{name} is {value!r}, no number", "Write a number, or leave the column out.") from error
+
+
+def _target(row: dict, place: Place) -> dict[str, int]:
+    """Which of the prompt's pictures it asks about, where the row says so."""
+    if (number := _number(row, "target_image", place)) is None:
+        return {}
+    if not (number >= 0 and number.is_integer()):
+        mend = "Give the number of the picture in the prompt, counted from 0."
+        raise place.bad("malformed_row", f"target_image is {row['target_image']!r}, no number of a picture", mend)
+    return {"target_image": int(number)}
 
 
 def _cells(row: dict, kind: str, place: Place) -> list:

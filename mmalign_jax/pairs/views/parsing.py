@@ -4,7 +4,7 @@ from mmalign_jax.pairs.calls import Table
 from mmalign_jax.pairs.views.table import BY_NAME
 from mmalign_jax.pairs.views.view import View
 
-_TABLE = Table("view", BY_NAME, "diffusion(500)")
+TABLE = Table("view", BY_NAME, "diffusion(500)")
 
 
 def names() -> tuple[str, ...]:
@@ -13,7 +13,7 @@ def names() -> tuple[str, ...]:
 
 def usage(name: str) -> str:
     """A line that says how view `name` is written: its arguments, what they may be, and their defaults."""
-    return _TABLE.usage(name)
+    return TABLE.usage(name)
 
 
 def parse(text: str, where: str = "view") -> View:
@@ -25,5 +25,5 @@ def parse(text: str, where: str = "view") -> View:
     Raises:
       UserError: see `calls.Table.read`.
     """
-    name, values = _TABLE.read(text, where)
+    name, values = TABLE.read(text, where)
     return View(name, tuple(values.items()))
