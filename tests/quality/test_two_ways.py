@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.checkpoints import tiny_llava
-from helpers.tiny import FROZEN_TOWER, MIXED, Tiny, answer_sums, batch_of, quick_jit, sample
+from helpers.tiny import FROZEN_TOWER, MIXED, Tiny, answer_sums, batch_of, quick_jit, sample, shared
 
 from mmalign_jax import losses
 from mmalign_jax.mesh import make_mesh, sharding
@@ -108,3 +108,52 @@ def test_eight_devices_have_the_gradient_of_one(tiny, reference, gradient_sizes)
     expected = jax.device_get(quick_jit(gradient_sizes)(tiny.params, reference.params, batch_of(EIGHT, tiny.processor)))
     grads = on_mesh((2, 2, 2), gradient_sizes, tiny, reference)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), grads, expected)
+
+
+# two rows of each picture, side by side, so that pairs of rows can share them on each of four devices
+TWICE = [dataclasses.replace(r, id=f"{r.id} {half}", responses=r.responses[:: 1 - 2 * half]) for r in MIXED for half in range(2)]
+
+
+@pytest.fixture(scope="module")
+def gradients_of_everything(tiny):
+    """Loss, metrics (among them log-probs) and gradients of mDPO, whose views are drawn for each row; the tower trains, too."""
+    loss = LossFunction(tiny.model, losses.build("mdpo", beta=BETA))
+
+    def run(params, reference, batch):
+        return jax.value_and_grad(loss, has_aux=True)(params, {}, reference, batch, jax.random.key(0))
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def with_separate_pictures(tiny, reference, gradients_of_everything):
+    return jax.device_get(quick_jit(gradients_of_everything)(tiny.params, reference.params, batch_of(TWICE, tiny.processor)))
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_shared_pictures_give_the_log_probs_and_gradients_of_separate_ones(tiny, reference, gradients_of_everything, with_separate_pictures, devices):
+    mesh = make_mesh(2, 2, 2) if devices == 8 else make_mesh(1, 1, 1, jax.devices()[:1])
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    batch = shared(batch_of(TWICE, tiny.processor), groups)
+    assert batch.picture.shape == (groups, 8 // groups) and batch.images.shape[0] == 4
+    place = lambda x: jax.device_put(x, sharding(mesh, "batch", *(None,) * (x.ndim - 1)))  # noqa: E731
+    with jax.set_mesh(mesh):
+        found = quick_jit(gradients_of_everything)(tiny.sharded(mesh), reference.sharded(mesh), jax.tree.map(place, batch))
+    (value, metrics), grads = jax.device_get(found)
+    (expected, expected_metrics), expected_grads = with_separate_pictures
+    assert abs(expected - 3 * np.log(2)) > 0.05
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for name in expected_metrics:
+        # differences of log-prob sums of about 60
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-4, atol=1e-4, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5 * np.abs(b).max() + 1e-7), grads, expected_grads)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(grads["vision_tower"]["layers"]["mlp"]))
+
+
+@pytest.mark.parametrize("name", ["v_dpo", pytest.param("adpo", marks=pytest.mark.nightly), pytest.param("povid", marks=pytest.mark.nightly)])
+def test_objectives_with_other_pictures_read_the_same_of_shared_ones(tiny, reference, name):
+    """Black pictures, which rows share; adversarial ones, which start from the row's own features; and what is said under noise."""
+    loss = LossFunction(tiny.model, losses.build(name))
+    batch = batch_of(TWICE, tiny.processor)
+    run = quick_jit(lambda batch: loss.statistics(tiny.params, {}, reference.params, batch, jax.random.key(0)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), *map(run, (shared(batch), batch)))
