@@ -106,6 +106,19 @@ def test_shared_rows_are_the_separate_ones(parts, devices):
     assert counting.pictures.made <= held < 0.8 * 6 * 16
 
 
+def test_what_begins_has_the_shape_of_what_comes():
+    """Of the first step, and of a later one, of fewer or more pictures."""
+    seen = set()
+    for step in range(6):
+        some = loader(devices=2, accumulate=2)
+        some.set_state(some.get_state() | {"rows": 16 * step})
+        form = some.begin()
+        batch = next(some)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), form) == jax.tree.map(lambda x: (x.shape, x.dtype), batch)
+        seen.add(batch.picture is None)
+    assert False in seen
+
+
 def test_processes_agree_on_the_shape_and_have_the_rows_of_one():
     alone = loader(devices=4)
     parts = [loader(devices=2, process_index=index, process_count=2) for index in range(2)]
