@@ -6,7 +6,8 @@
     python launch/benchmark.py --workload bdhs --model MODEL_DIR --records 16
 
 Workload `step` trains on pairs (`mmalign_jax.benchmark.step`): DPO with a live reference and a frozen tower, beside TRL's `DPOTrainer`, and
-beside this package's own step with a row for each answer (`self:naive`). Workload `bdhs` makes rejected answers
+beside this package's own step with a row for each answer (`self:naive`), or with the pictures that several pairs show once for each of them
+(`self:unshared`). Workload `bdhs` makes rejected answers
 (`mmalign_jax.benchmark.bdhs`), beside a straightforward implementation on `generate` of transformers. Without `--model` the model is a LLaVA of
 63 million random weights, which is written first. Other sides need the extra `bench`.
 """
@@ -28,7 +29,7 @@ from mmalign_jax.files import write_json
 from mmalign_jax.hf.import_ import read_config
 from mmalign_jax.report.console import Console
 
-_AGAINST = {"bdhs": ("transformers",), "step": (step.TRL, step.NAIVE)}
+_AGAINST = {"bdhs": ("transformers",), "step": (step.TRL, step.NAIVE, step.UNSHARED)}
 _NEEDS = {"transformers": "torch", step.TRL: "trl"}
 
 
@@ -49,7 +50,7 @@ def main() -> int:
             read_config(model)
         else:
             with console.phase("Writing a model with random weights"):
-                config = hf_config(336 if options.workload == "bdhs" else options.side, options.small)
+                config = hf_config(336 if options.workload == "bdhs" else options.side, options.small, options.large_tower)
                 model = write_model(directory / "model", config, seed=options.seed)
         measured = {"bdhs": _bdhs, "step": _step}[options.workload]
         report, table = measured(model, directory, console)
@@ -81,7 +82,8 @@ def _bdhs(model: Path, directory: Path, console: Console) -> tuple[dict[str, Any
 
 def _step(model: Path, directory: Path, console: Console) -> tuple[dict[str, Any], tuple]:
     options = flags.FLAGS
-    shape = Shape(options.batch or 4, options.images, options.side, options.prompt_words, options.answer_words)
+    words = (options.prompt_words, options.answer_words)
+    shape = Shape(options.batch or 4, options.images, options.side, *words, options.pairs_of_image)
     console.line(f"{shape}; pictures of {options.photographs or 'noise'}, random words, every step on the same pairs")
     known = {"objective": options.objective, "beta": options.beta, "reference": options.reference}
     photographs = sorted(Path(options.photographs).resolve().glob("*.jp*g")) if options.photographs else []
@@ -105,8 +107,10 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", 3, "step: of a side in a round", lower_bound=1)
     flags.DEFINE_integer("side", 224, "step: pixels of a picture, wide and high", lower_bound=1)
     flags.DEFINE_bool("small", False, "a model of 9 million random weights")
+    flags.DEFINE_bool("large_tower", False, "a model whose tower has 38 million random weights in the place of 5")
     flags.DEFINE_string("photographs", None, "step: directory of JPEG files to show in the place of noise")
     flags.DEFINE_integer("images", 1, "step: pictures of a prompt", lower_bound=1)
+    flags.DEFINE_integer("pairs_of_image", 1, "step: pairs that show the same pictures", lower_bound=1)
     flags.DEFINE_integer("prompt_words", 20, "step: of a prompt", lower_bound=1)
     flags.DEFINE_integer("answer_words", 63, "step: of an answer, which ends with one token more", lower_bound=1)
     flags.DEFINE_string("objective", "dpo", "step: name in the registry")

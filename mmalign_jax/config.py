@@ -83,6 +83,11 @@ class DataConfig:
     prefix_tokens: int = setting(0, min=0, help="most slots for images and prompt; a run uses as many as its longest row needs; 0: no limit")
     answer_tokens: int = setting(0, min=0, help="most slots for one answer; 0: no limit")
     holdout: float = setting(0.0, min=0.0, max=0.9, help="share of the records that is kept out of training, to be measured on")
+    order: str = setting(
+        "shuffled",
+        choices=("shuffled", "by_image"),
+        help="by_image: rows that show the same pictures follow one another in training, so that a step encodes these once",
+    )
     buckets: int = setting(0, min=0, max=32, help="row shapes in training, each compiled once; 0: 4 where pictures have any size, else 1")
     workers: int = setting(4, min=0, help="threads that read and decode")
 

@@ -41,6 +41,13 @@ def check_across(config: Config) -> None:
         raise UserError(f"config.data.holdout: {config.objective.name} compares no answers, so held-out pairs have no use; leave it 0")
     if config.data.holdout and config.pairs.maker != "none" and config.pairs.when == "online":
         raise UserError("config.data.holdout: pairs that are made online cannot be held out; make them offline, or leave it 0")
+    if config.data.order != "shuffled" and config.pairs.maker != "none" and config.pairs.when == "online":
+        raise UserError("config.data.order: rows that are made online come in an order of their own; leave it at shuffled")
+    if config.data.order != "shuffled" and config.objective.goes_by_batch:
+        raise UserError(
+            f"config.data.order: {config.objective.name} goes by statistics of all rows of a step, which would be those of few pictures; leave it at "
+            "shuffled"
+        )
     if config.eval.holdout_every and not config.data.holdout:
         raise UserError("config.eval.holdout_every: no pairs are held out; set config.data.holdout")
     if config.auxiliary.holdout:

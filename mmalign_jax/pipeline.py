@@ -210,7 +210,7 @@ class _Run:
         if Need.MARGIN in self.objective.needs and not any(records[index].prefs[pref].margin for index, pref in plan.items.tolist()):
             raise UserError(f"config.objective.name: {self.objective.name} goes by the pairs' margins, and in this data set all are 0")
         cache = Path(c.reference.cache) if c.reference.cache else self.workdir / run_files.REFERENCE
-        return self._with_auxiliary(_Offline(self._loader(records, plan, self._extras(records, plan, self.loss, cache)))), plan
+        return self._with_auxiliary(_Offline(self._loader(records, plan, c.data.order, self._extras(records, plan, self.loss, cache)))), plan
 
     def _plan(self, records: Records) -> RowPlan:
         objective = self.objective
@@ -278,10 +278,16 @@ class _Run:
             raise UserError("config.objective.view: other rows' pictures are not at hand for online pairs; choose another view")
         return self._with_auxiliary(batches)
 
-    def _loader(self, records: Records, plan: RowPlan, extras: Sequence[Extra] = ()) -> Loader:
-        c, (index, count) = self.config, process_slice(self.policy.mesh)
+    def _loader(self, records: Records, plan: RowPlan, order: str, extras: Sequence[Extra] = ()) -> Loader:
+        """The loader of a set. Where rows of a device share pictures, it is said how many are encoded."""
+        c, mesh, (index, count) = self.config, self.policy.mesh, process_slice(self.policy.mesh)
         options = {"batch_size": c.train.batch_size, "accumulate": c.train.accumulate, "seed": c.train.seed, "workers": c.data.workers}
-        return make_loader(records, self.policy.processor, plan, process_index=index, process_count=count, **options, extras=extras)
+        options |= {"process_index": index, "process_count": count, "devices": mesh_lib.batch_divisor(mesh) // count, "order": order}
+        loader = make_loader(records, self.policy.processor, plan, **options, extras=extras)
+        if len(loader.sizes) > 1:
+            sizes = " or ".join(map(str, loader.sizes))
+            self.console.line(f"Rows share their pictures: those of {sizes} rows are encoded for the {loader.sizes[-1]} rows of a device")
+        return loader
 
     def _with_auxiliary(self, batches: Batches) -> Batches:
         """The batches with rows of the other data set that the objective reads, where it does."""
@@ -293,7 +299,7 @@ class _Run:
         records = self._obtain(data, self.workdir / "auxiliary", "Preparing the auxiliary data")
         plan = plan_rows(records, self.policy.processor, data, answers=1)
         self.skipped += _not_fitting(plan.left_out)
-        return WithAuxiliary(batches, self._loader(records, plan))
+        return WithAuxiliary(batches, self._loader(records, plan, data.order))
 
     def _preflight(self, records: Records, plan: RowPlan) -> None:
         """Says what the model will see, before any of it is computed."""

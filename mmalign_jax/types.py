@@ -12,6 +12,7 @@ Letters used in jaxtyping annotations throughout the package:
   Y  image height     W  image width              Z  width of the vision tower, or of the features taken from it
   A  accumulation steps                           Q  patches of a row's pictures, when they have any size
   U  width of an image feature: D, or (1 + J) D with J layers of DeepStack
+  I  sets of pictures, each the pictures of a row: B, or fewer where rows share theirs
 """
 
 import dataclasses
@@ -179,7 +180,7 @@ class Patches:
     """How pictures of any size become the patches of a row, in the order in which the tower takes them.
 
     A row's pictures lie in the upper left corners of its canvases (`PairBatch.images`). Slots come in runs of one attention window
-    (`VisionConfig.window_slots`), and within a run in squares that become one image token.
+    (`VisionConfig.window_slots`), and within a run in squares that become one image token. B is I where rows share their pictures.
     """
 
     index: Int[Array, "*A B Q C"]  # which patch of the row's canvases, flat, for each of the C frames of a patch; -1 for no patch
@@ -211,12 +212,15 @@ class PairBatch:
 
     `images` are tiles of the size that the tower takes, or canvases that hold pictures of any size; `patches` then says where. `mrope`
     are the rotary positions of models that turn by time, row and column; other models turn by `positions`.
+
+    Where rows share their pictures, `images` and `patches` hold each set of them once, and `picture` says which one a row shows. Rows come in
+    as many equal groups as `picture` has, one a device, sets of pictures likewise, and a row's is of its own group.
     """
 
     tokens: Int[Array, "*A B T"]
     role: Int[Array, "*A B T"]
     positions: Int[Array, "*A B T"]
-    images: UInt8[Array, "*A B M Y W 3"]
+    images: UInt8[Array, "*A I M Y W 3"]
     image_index: Int[Array, "*A B T"]  # which of the row's F features lands here, -1 for none
     token_weight: Float[Array, "*A B T"]  # weight of a scored token, 0 off the answers
     record_key: UInt[Array, "*A B"]  # seed of the row's random draws
@@ -234,6 +238,7 @@ class PairBatch:
     reference_other_logps: Float[Array, "*A B _"] | None = None  # the same of the first answers under the corrupted image
     auxiliary: "PairBatch | None" = None  # as many rows of another data set, K = 1
     sampled: Sampled | None = None  # where the answers are a group of samples
+    picture: Int[Array, "*A groups rows"] | None = None  # place among the sets of pictures of the row's group; None: each row has its own
     drawn_logps: Float[Array, "*A B T"] | None = None  # by the sampler, of tokens that were drawn for this step; NaN elsewhere
 
     @property
@@ -252,7 +257,7 @@ class PairBatch:
         """`[*A, B, T]` -> `[*A, B, K, R]`: the slots of the answers."""
         return values[..., self.prefix_slots :].reshape(*values.shape[:-1], self.answers, self.answer_slots)
 
-    def with_images(self, images: UInt8[Array, "*A B M Y W 3"] | Float[Array, "*A B M Y W 3"]) -> "PairBatch":
+    def with_images(self, images: UInt8[Array, "*A I M Y W 3"] | Float[Array, "*A I M Y W 3"]) -> "PairBatch":
         return dataclasses.replace(self, images=images)
 
 

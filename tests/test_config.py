@@ -86,6 +86,8 @@ SAMPLED = {"pairs": {"maker": "samples", "when": "online"}, "samples": {"scorers
         ({"samples": {"offline_share": 0.5}}, "config.samples.offline_share: only pairs"),
         (SAMPLED | {"data": {"on_long_row": "shorten_answer"}}, "config.data.on_long_row: rows of answers that are drawn"),
         (SAMPLED | {"objective": {"name": "reward_model"}}, "config.pairs.when: reward_model scores answers at their ends"),
+        (SAMPLED | {"data": {"order": "by_image"}}, "config.data.order: rows that are made online"),
+        ({"objective": {"name": "kto"}, "data": {"order": "by_image"}}, "config.data.order: kto goes by statistics of all rows"),
         (SAMPLED | {"objective": {"name": "kto"}}, "config.pairs.when: kto goes by statistics of all rows"),
         (SAMPLED | {"samples": {"scorers": ("exact",), "length_ratio": 0.5}}, "config.samples.length_ratio: 0.5 would refuse every pair"),
         (SAMPLED | {"objective": {"name": "grpo"}, "samples": {"scorers": ("exact",), "sources": ("black",)}}, "config.samples.sources: grpo learns"),

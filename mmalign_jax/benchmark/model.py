@@ -12,13 +12,16 @@ from mmalign_jax.scenes import language
 NAME = "random LLaVA, 63M"
 
 
-def hf_config(side: int = 336, small: bool = False) -> dict[str, Any]:
+def hf_config(side: int = 336, small: bool = False, large_tower: bool = False) -> dict[str, Any]:
     """`config.json`: a Llama of 8 layers, width 512, behind a CLIP tower of 6 layers, width 256, `side` pixels in patches of 14.
 
     Args:
+      large_tower: a tower of 12 layers, width 512, 38 million parameters: as large beside its decoder as those of the smallest published models.
       small: 2 layers of width 128 behind 2 of width 64, 9 million parameters, nearly all of them of the vocabulary.
     """
     config = _large(side)
+    if large_tower:
+        config["vision_config"] |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
     if small:
         config["vision_config"] |= {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
         config["text_config"] |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2}

@@ -23,6 +23,7 @@ class Shape:
       images: pictures of a prompt, each of its own kind.
       side: height and width in pixels of those that are made; so many has the benchmark's own model.
       prompt_words, answer_words: of each; a word is a token of the benchmark's own model.
+      pairs_of_image: so many pairs one behind the other show the same pictures.
     """
 
     batch: int = 4
@@ -30,6 +31,7 @@ class Shape:
     side: int = 224
     prompt_words: int = 20
     answer_words: int = 63
+    pairs_of_image: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +84,11 @@ def make_pairs(directory: Path, shape: Shape, seed: int, vocabulary: int = 32064
         text = lambda count, random=random: " ".join(random.choice(plain, count))  # noqa: E731
         pictures = []
         for index in range(shape.images):
+            shown = number // shape.pairs_of_image
             if photographs:
-                file = photographs[(number * shape.images + index) % len(photographs)]
+                file = photographs[(shown * shape.images + index) % len(photographs)]
             else:
-                file = directory / f"{number}-{index}.jpg"
+                file = directory / f"{shown}-{index}.jpg"
                 PIL.Image.fromarray(random.integers(0, 256, (shape.side, shape.side, 3), np.uint8)).save(file)
             pictures.append(str(file))
         # "Describe" is the word that needs no space in front

@@ -20,7 +20,7 @@ def apart(batch: PairBatch) -> PairBatch:
     Raises:
       ValueError: the rows hold what this is not made for.
     """
-    odd = [name for name in ("auxiliary", "sampled", "other_images", "reference_logps", "mrope") if getattr(batch, name) is not None]
+    odd = [name for name in ("auxiliary", "sampled", "other_images", "reference_logps", "mrope", "picture") if getattr(batch, name) is not None]
     if odd:
         raise ValueError(f"rows with {', '.join(odd)} are not taken apart")
     count, prefix, answer = batch.answers, batch.prefix_slots, batch.answer_slots

@@ -16,10 +16,11 @@ from mmalign_jax.benchmark.pairs import PairWorkload
 from mmalign_jax.errors import UserError
 from mmalign_jax.report.console import Console
 
-OURS, NAIVE, TRL = "mmalign_jax", "self:naive", "trl"
+OURS, NAIVE, UNSHARED, TRL = "mmalign_jax", "self:naive", "self:unshared", "trl"
 MODULES = {
     OURS: ("mmalign_jax.benchmark.step_ours", ()),
     NAIVE: ("mmalign_jax.benchmark.step_ours", ("naive",)),
+    UNSHARED: ("mmalign_jax.benchmark.step_ours", ("unshared",)),
     TRL: ("mmalign_jax.benchmark.step_trl", ()),
 }
 _MIB = 1 << 20

@@ -1,8 +1,9 @@
 """This package's training step as a side of the step benchmark.
 
-    python -m mmalign_jax.benchmark.step_ours DIRECTORY [naive]
+    python -m mmalign_jax.benchmark.step_ours DIRECTORY [naive | unshared]
 
-serves it (see `child`): with `naive`, two rows a pair, each with its own images (`separate_rows`), and everything else the same.
+serves it (see `child`): with `naive`, two rows a pair, each with its own images (`separate_rows`), with `unshared`, images that several pairs
+show once for each of them, and everything else the same.
 """
 
 import dataclasses
@@ -57,19 +58,25 @@ def matrix_rate() -> float:
     return 2 * _MATRIX**3 / statistics.median(seconds)
 
 
-def loader_of(workload: PairWorkload, policy: Pretrained) -> Loader:
+def loader_of(workload: PairWorkload, policy: Pretrained, *, shared: bool = False) -> Loader:
     """Batches as a training run has them: read, decoded and laid out beside the step."""
     records = [record_of(number, pair) for number, pair in enumerate(workload.pairs)]
     plan = plan_rows(records, policy.processor, DataConfig(), answers=2)
-    return make_loader(records, policy.processor, plan, batch_size=workload.shape.batch)
+    devices = mesh_lib.batch_divisor(policy.mesh) if shared else 0
+    return make_loader(records, policy.processor, plan, batch_size=workload.shape.batch, devices=devices, order="by_image")
 
 
-def runner(workload: PairWorkload, naive: bool) -> tuple[dict, Callable[[dict], dict]]:
-    """What the side says of itself, and what answers requests `{"steps": n}` and `{"batches": n}`. The model is loaded."""
+def runner(workload: PairWorkload, form: str = "") -> tuple[dict, Callable[[dict], dict]]:
+    """What the side says of itself, and what answers requests `{"steps": n}` and `{"batches": n}`. The model is loaded.
+
+    Args:
+      form: "", "naive" or "unshared".
+    """
+    naive = form == "naive"
     objective = losses.build(workload.objective, beta=workload.beta)
     objective = dataclasses.replace(objective, reference_free=workload.reference == "none")
     policy = Pretrained.read(Path(workload.model), mesh_lib.make_mesh(), "auto")
-    loader = loader_of(workload, policy)
+    loader = loader_of(workload, policy, shared=not form)
     loss = (SeparateRows if naive else LossFunction)(policy.model, objective)
     rule, settings = Trainable(frozenset(_FROZEN)), OptimizerConfig(learning_rate=workload.learning_rate, schedule="constant")
     optimizer, live = make_optimizer(settings, 1 << 20), loss.reads_reference
@@ -90,7 +97,8 @@ def runner(workload: PairWorkload, naive: bool) -> tuple[dict, Callable[[dict], 
             started = time.perf_counter()
             for _ in range(request["batches"]):
                 rows = batch()
-            return {"images_per_s": request["batches"] * rows.images.shape[1] * rows.images.shape[2] / (time.perf_counter() - started)}
+            shown = rows.tokens.shape[1] * rows.images.shape[2]
+            return {"images_per_s": request["batches"] * shown / (time.perf_counter() - started)}
         seconds, waits, first = [], [], None
         with jax.set_mesh(policy.mesh):
             for _ in range(request["steps"]):
@@ -123,7 +131,7 @@ def main() -> None:
     # transformers, of which the tokenizer is, loads torch wherever it is installed; this side does without
     sys.modules |= dict.fromkeys(("torch", "torchvision"))
     imported = peak_bytes()
-    ready, answer = runner(PairWorkload.read(Path(sys.argv[1])), naive=sys.argv[2:] == ["naive"])
+    ready, answer = runner(PairWorkload.read(Path(sys.argv[1])), *sys.argv[2:])
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     serve(ready | {"imported_bytes": imported, "versions": versions}, answer)
 

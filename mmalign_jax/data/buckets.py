@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
+from jaxtyping import Int
 
 from mmalign_jax.data.layout import RowLayout, RowSize
 
@@ -146,10 +147,17 @@ class TrainingOrder:
 
     The rows of a step are of one bucket. A bucket's rows are shuffled anew each time they are through, and its steps are spread evenly
     over all steps, as many as its rows deserve. With one bucket the sequence is a shuffle an epoch.
+
+    Args:
+      pictures: of all items, equal where their pictures are; the rows of a bucket that show the same ones then follow one another.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], batch_size: int, seed: int):
-        shuffle = lambda bucket: grain.MapDataset.source(bucket.members).shuffle(seed).repeat()  # noqa: E731
+    def __init__(self, buckets: Sequence[Bucket], batch_size: int, seed: int, pictures: Int[np.ndarray, " items"] | None = None):
+        def shuffle(bucket: Bucket) -> "grain.MapDataset | _ByPicture":
+            if pictures is not None:
+                return _ByPicture(bucket.members, pictures[bucket.members], seed)
+            return grain.MapDataset.source(bucket.members).shuffle(seed).repeat()
+
         self._rows, self._batch_size = [shuffle(bucket) for bucket in buckets], batch_size
         counts = np.array([len(bucket.members) for bucket in buckets])
         # the k-th of a bucket's n steps is due at (k + 1/2) / n of a period of as many steps as there are rows
@@ -167,3 +175,23 @@ class TrainingOrder:
         bucket = self._which[place]
         turn = periods * int(self._counts[bucket]) + int(self._use[place])
         return int(self._rows[bucket][turn * self._batch_size + row])
+
+
+class _ByPicture:
+    """An endless sequence of rows: in each epoch the pictures in a new order, all rows of a picture one behind the other, in a new order too.
+    Rows of text, -1, stay alone."""
+
+    def __init__(self, members: Int[np.ndarray, " rows"], pictures: Int[np.ndarray, " rows"], seed: int):
+        alone = np.where(pictures < 0, pictures.max(initial=0) + 1 + np.arange(len(pictures)), pictures)
+        self._members, self._seed = members, seed
+        self._group = np.unique(alone, return_inverse=True)[1]
+        self._epoch = functools.lru_cache(2)(self._shuffled)
+
+    def __getitem__(self, position: int) -> int:
+        epoch, place = divmod(position, len(self._members))
+        return int(self._epoch(epoch)[place])
+
+    def _shuffled(self, epoch: int) -> Int[np.ndarray, " rows"]:
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, epoch))))
+        turn = random.permutation(int(self._group.max()) + 1)[self._group]
+        return self._members[np.lexsort((random.permutation(len(turn)), turn))]

@@ -1,8 +1,9 @@
 """Batches for training and for one ordered pass, read with Grain.
 
 The order of training rows is a function of the seed alone: step s holds rows [s B, (s + 1) B) of an endless sequence
-(`buckets.TrainingOrder`) in which every epoch is its own shuffle, and batches run across epoch ends. Process p of n takes rows p, p + n,
-... of it. So the rows of a step, and the saved state (how many rows are behind us), are the same for any number of processes.
+(`buckets.TrainingOrder`) in which every epoch is its own shuffle, and batches run across epoch ends. Process p of n takes the p-th of n
+equal runs of rows of each part of a step. So the rows of a step, their order, and the saved state (how many rows are behind us), are the
+same for any number of processes. Pictures that several rows of a device show are read, decoded and handed over once (`shared_pictures`).
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ import jax
 import numpy as np
 
 from mmalign_jax.data.buckets import TrainingOrder
-from mmalign_jax.data.layout import RowLayout, RowProcessor, lay_out
+from mmalign_jax.data.layout import RowLayout, RowProcessor, lay_out_pictures, lay_out_tokens, tokenize
 from mmalign_jax.data.plan import Records, RowPlan
+from mmalign_jax.data.shared_pictures import PICTURES, OwnRows, Place, Split, stack
 from mmalign_jax.errors import UserError
 from mmalign_jax.types import PairBatch
 
@@ -26,7 +28,7 @@ Extra = Callable[[int, RowLayout], dict[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class _LayOut:
-    """Number of an item -> row. Reading and decoding happen here, on Grain's threads."""
+    """Number of an item -> row, with its pictures or without. Reading and decoding happen here, on Grain's threads."""
 
     records: Records
     processor: RowProcessor
@@ -46,43 +48,41 @@ class _LayOut:
     def in_one(cls, records: Records, processor: RowProcessor, plan: RowPlan, extras: Sequence[Extra]) -> "_LayOut":
         return cls(records, processor, plan, [plan.layout], np.zeros(len(plan.items), np.int32), extras)
 
-    def __call__(self, number: int) -> dict[str, Any]:
+    def __call__(self, number: int, pictures: bool = True) -> dict[str, Any]:
         index, pref = map(int, self.plan.items[number])
-        record, layout = self.records[index], self.layout_of[number]
-        tokens = None if self.plan.tokens is None else self.plan.tokens[number]
-        row = lay_out(record, self.plan.choice(record, pref), self.processor, self.layouts[layout], tokens)
+        record, layout = self.records[index], self.layouts[self.layout_of[number]]
+        choice, limits = self.plan.choice(record, pref), {"max_pixels": layout.max_pixels, "max_bytes": layout.max_bytes}
+        known = None if self.plan.tokens is None else self.plan.tokens[number]
+        tokens = known or tokenize(record, choice, self.processor, layout.answers, **limits)
+        row = lay_out_tokens(record, choice, self.processor, layout, tokens)
+        if pictures:
+            row |= lay_out_pictures(record, self.processor, layout, tokens)
         for extra in self.extras:
-            row |= extra(number, self.layouts[layout])
-        return {**row, "layout": layout}
+            row |= extra(number, layout)
+        return {**row, "layout": self.layout_of[number]}
+
+    def at(self, place: Place) -> tuple[Place, dict[str, Any]]:
+        return place, self(place.number, place.brings)
 
 
 class Loader:
-    """An endless iterator of `PairBatch` with numpy arrays `[A, b, ...]`, b the rows of this process in one of A parts of a step."""
+    """An endless iterator of `PairBatch` with numpy arrays `[A, b, ...]`, b the rows of this process in one of A parts of a step.
 
-    def __init__(
-        self,
-        rows: grain.MapDataset,
-        plan: RowPlan,
-        *,
-        batch_size: int,
-        accumulate: int,
-        process: tuple[int, int],
-        workers: int,
-        seed: int,
-    ):
-        self._rows, self._layouts = rows, [bucket.layout for bucket in plan.buckets]
-        self._batch_size, self._accumulate, self._process, self._workers = batch_size, accumulate, process, workers
-        buckets = hashlib.sha256(b"".join(bucket.members.astype("<i8").tobytes() + b"|" for bucket in plan.buckets)).hexdigest()[:16]
-        self._identity = {"seed": seed, "items": len(plan.items), "batch_size": batch_size, "buckets": buckets}
+    `sizes`: for how many sets of pictures of a device there is a shape; the last is its number of rows, each with its own.
+    """
+
+    def __init__(self, rows: OwnRows, lay_out: _LayOut, split: Split, workers: int, identity: dict[str, Any]):
+        self._rows, self._layouts, self._split, self._workers = grain.MapDataset.source(rows).map(lay_out.at), lay_out.layouts, split, workers
+        self._identity, self.sizes = identity, rows.sizes
         self._start(0)
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> PairBatch:
-        arrays = next(self._batches)
-        self._behind += self._batch_size
-        return _batch(jax.tree.map(lambda value: value.reshape(*self._lead, *value.shape[1:]), arrays), self._layouts)
+        arrays, parts = next(self._batches), self._split.parts
+        self._behind += self._split.batch
+        return _batch(jax.tree.map(lambda value: value.reshape(parts, len(value) // parts, *value.shape[1:]), arrays), self._layouts)
 
     def begin(self) -> PairBatch:
         """Begins to make the next batch on the threads, and says what it will be: arrays as shapes and types.
@@ -91,11 +91,17 @@ class Loader:
           DataError: its first row cannot be read.
         """
         self._batches.start_prefetch()
-        # all rows of a step have one layout, and what an extra adds to it is known when it has been made
-        row = self._rows[self._behind + self._process[0]]
+        # all rows of a step have one layout, and what an extra adds to it is known when it has been made; the first row has its pictures with it
+        place, row = self._rows[self._behind // self._split.processes]
         layout = self._layouts[int(row.pop("layout"))]
-        lead = self._lead
-        arrays = jax.tree.map(lambda value: jax.ShapeDtypeStruct((*lead, *np.shape(value)), np.asarray(value).dtype), row)
+        parts, _, groups, rows = self._split.shape
+
+        def shape(value: Any, count: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((parts, groups * count, *np.shape(value)), np.asarray(value).dtype)
+
+        arrays = {name: jax.tree.map(lambda value, n=place.size if name in PICTURES else rows: shape(value, n), row[name]) for name in row}
+        if place.size < rows:
+            arrays["picture"] = jax.ShapeDtypeStruct((parts, groups, rows), np.int32)
         return PairBatch(**arrays, prefix_slots=layout.prefix_slots, answer_slots=layout.answer_slots)
 
     def get_state(self) -> dict[str, int]:
@@ -115,16 +121,10 @@ class Loader:
             )
         self._start(state["rows"])
 
-    @property
-    def _lead(self) -> tuple[int, int]:
-        """(A, b)"""
-        return self._accumulate, self._batch_size // (self._accumulate * self._process[1])
-
     def _start(self, behind: int) -> None:
-        index, count = self._process
-        self._behind = behind
-        mine, rows = self._rows[behind + index :: count], self._batch_size // count
-        self._batches = iter(mine.to_iter_dataset(_read_options(self._workers, rows)).batch(rows))
+        self._behind, own = behind, self._split.batch // self._split.processes
+        mine = self._rows[behind // self._split.processes :].to_iter_dataset(_read_options(self._workers, own))
+        self._batches = iter(mine.batch(own, batch_fn=stack))
 
 
 def make_loader(
@@ -139,6 +139,8 @@ def make_loader(
     process_count: int = 1,
     workers: int = 4,
     extras: Sequence[Extra] = (),
+    devices: int = 0,
+    order: str = "shuffled",
 ) -> Loader:
     """The training loader over `plan.items`.
 
@@ -148,6 +150,8 @@ def make_loader(
       process_index, process_count: of the processes that feed different rows (`device.process_slice`).
       workers: threads that read and decode; 0: none.
       extras: what else rows hold.
+      devices: of one process, that rows are split over; the rows of a device share pictures. 0: every row has its own.
+      order: "shuffled", or "by_image": rows that show the same pictures follow one another.
 
     Raises:
       UserError: `accumulate * process_count` does not divide `batch_size`.
@@ -157,10 +161,16 @@ def make_loader(
             f"config.train.batch_size: {batch_size} is not a multiple of accumulate = {accumulate} times {process_count} processes"
         )
     shuffle_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])  # Grain takes 32 bits
-    order = TrainingOrder(plan.buckets, batch_size, shuffle_seed)
-    rows = grain.MapDataset.source(order).map(_LayOut.by_bucket(records, processor, plan, extras))
-    process = (process_index, process_count)
-    return Loader(rows, plan, batch_size=batch_size, accumulate=accumulate, process=process, workers=workers, seed=seed)
+    by_image = order == "by_image"
+    sequence = TrainingOrder(plan.buckets, batch_size, shuffle_seed, plan.pictures if by_image else None)
+    numbers = lambda step: np.array([sequence[step * batch_size + row] for row in range(batch_size)])  # noqa: E731
+    split = Split(batch_size, accumulate, process_count, devices)
+    rows = OwnRows(numbers, plan.pictures, split, process_index, tried=max(1, len(plan.items) // batch_size))
+    depends = b"".join(bucket.members.astype("<i8").tobytes() + b"|" for bucket in plan.buckets)
+    depends += plan.pictures.astype("<i4").tobytes() if by_image else b""
+    buckets = hashlib.sha256(depends).hexdigest()[:16]
+    identity = {"seed": seed, "items": len(plan.items), "batch_size": batch_size, "buckets": buckets}
+    return Loader(rows, _LayOut.by_bucket(records, processor, plan, extras), split, workers, identity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,25 +228,30 @@ def bucket_pass(
     process_count: int = 1,
     workers: int = 4,
     extras: Sequence[Extra] = (),
+    devices: int = 0,
 ) -> Iterator[tuple[PairBatch, np.ndarray]]:
     """The items `numbers i[n]` of one bucket once and in order, laid out as training does: batches `[b, ...]`, and `i32[b]`, each row's number.
 
-    The last batch is filled with copies of the last row, whose number is -1. Process p of n gets rows p, p + n, ... of each batch.
+    The last batch is filled with copies of the last row, whose number is -1. Process p of n gets the p-th of n runs of rows of each batch.
+
+    Args:
+      devices: of one process, see `make_loader`.
 
     Raises:
       UserError: `process_count` does not divide `batch_size`.
     """
     if batch_size % process_count:
         raise UserError(f"batch_size: {batch_size} is not a multiple of the {process_count} processes")
-    lay = _LayOut.by_bucket(records, processor, plan, extras)
+    lay, last = _LayOut.by_bucket(records, processor, plan, extras), len(numbers) - 1
+    of_batch = lambda step: np.asarray(numbers)[np.minimum(step * batch_size + np.arange(batch_size), last)]  # noqa: E731
+    batches = -(-len(numbers) // batch_size)
+    own = OwnRows(of_batch, plan.pictures, Split(batch_size, 1, process_count, devices), process_index, tried=batches)
 
-    def row(index: int) -> dict[str, Any]:
-        number = int(numbers[min(index, len(numbers) - 1)])
-        return {**lay(number), "number": np.int32(number if index < len(numbers) else -1)}
+    def row(place: Place) -> tuple[Place, dict[str, Any]]:
+        return place, {**lay.at(place)[1], "number": np.int32(place.number if place.position <= last else -1)}
 
-    padded = -(-len(numbers) // batch_size) * batch_size
-    rows = grain.MapDataset.range(padded)[process_index::process_count].map(row)
-    for arrays in rows.to_iter_dataset(_read_options(workers)).batch(batch_size // process_count):
+    rows = grain.MapDataset.source(own)[: batches * (batch_size // process_count)].map(row)
+    for arrays in rows.to_iter_dataset(_read_options(workers)).batch(batch_size // process_count, batch_fn=stack):
         found = arrays.pop("number")
         yield _batch(arrays, lay.layouts), found
 

@@ -11,6 +11,7 @@ from mmalign_jax.config import DataConfig
 from mmalign_jax.data.bad_rows import place_of
 from mmalign_jax.data.buckets import Bucket, split
 from mmalign_jax.data.layout import RowLayout, RowProcessor, RowSize, RowTokens, misfit, tokenize
+from mmalign_jax.data.shared_pictures import digest
 from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.types import FORMS, Choice, PreferenceRecord
 
@@ -44,6 +45,7 @@ class RowPlan:
     """The layout, and the rows that are laid out: `items i32[n, 2]`, record index and index into its field `reads` (-1: reference answer).
 
     `layout` holds every row; `buckets` are the layouts that training uses, each for its own rows.
+    `pictures i32[n]` has equal numbers for rows that show the same pictures; -1 for rows of text.
     `counts` holds `rows` (all that the records have), `kept`, and by name what happened to the others:
     `rows == kept + dropped_long + dropped_bad`; `shortened_answer` rows are kept.
     """
@@ -54,6 +56,7 @@ class RowPlan:
     left_out: tuple[LeftOut, ...]
     padding_fraction: float  # share of the slots in the buckets that are empty, on average over rows
     buckets: tuple[Bucket, ...]
+    pictures: np.ndarray
     tokens: tuple[RowTokens, ...] | None = dataclasses.field(default=None, repr=False)  # of `items`, None when they are too many to keep
     reads: str = "prefs"
 
@@ -100,14 +103,17 @@ def plan_rows(
         left_out.append(LeftOut(record_id, "dropped_bad", str(error)))
 
     rows: list[tuple[int, int, RowSize]] = []
+    shown: list[int] = []
+    known: dict[bytes, int] = {}
     tokens: list[RowTokens] = []
     room = KEEP_TOKEN_BYTES
     if whole_answers and config.on_long_row == "shorten_answer":
         raise UserError("config.data.on_long_row: the objective scores answers at their end token, which shortened ones lack; use error or drop")
     if reads == "groups":
         answers = _group_size(records)
-    for index, pref, row in _rows(records, processor, answers, config, refuse, whole_answers, reads):
+    for index, pref, row, seen in _rows(records, processor, answers, config, refuse, whole_answers, reads):
         rows.append((index, pref, row.size))
+        shown.append(known.setdefault(seen, len(known)) if row.media else -1)
         room -= row.nbytes
         if room >= 0:
             tokens.append(row)
@@ -140,8 +146,9 @@ def plan_rows(
     layout = dataclasses.replace(layout, images=kept_layout.images, canvas=kept_layout.canvas, patch_slots=kept_layout.patch_slots)
     buckets = tuple(split(sizes, answers, most, layout_of))
     padding = sum(len(bucket.members) * bucket.padding_fraction for bucket in buckets) / len(items)
-    known = tuple(tokens[number] for number in kept) if room >= 0 else None
-    return RowPlan(layout, np.array(items, np.int32).reshape(-1, 2), counts, tuple(left_out), padding, buckets, known, reads)
+    of_items = tuple(tokens[number] for number in kept) if room >= 0 else None
+    items, pictures = np.array(items, np.int32).reshape(-1, 2), np.array([shown[number] for number in kept], np.int32)
+    return RowPlan(layout, items, counts, tuple(left_out), padding, buckets, pictures, of_items, reads)
 
 
 def _check_form(record: PreferenceRecord, reads: str, answers: int) -> None:
@@ -174,8 +181,8 @@ def _rows(
     refuse: Callable[[DataError, str], None],
     whole_answers: bool,
     reads: str,
-) -> Iterator[tuple[int, int, RowTokens]]:
-    """Yields (record index, pref index, tokens); a row that cannot be tokenised goes to `refuse`."""
+) -> Iterator[tuple[int, int, RowTokens, bytes]]:
+    """Yields (record index, pref index, tokens, digest of the pictures); a row that cannot be tokenised goes to `refuse`."""
     limits = {"max_pixels": config.max_image_pixels, "max_bytes": config.max_image_bytes}
     for index in range(len(records)):
         record = records[index]
@@ -184,6 +191,7 @@ def _rows(
             mend = "Use whole answers (config.pairs.per_sentence makes others) or remove the row."
             refuse(place_of(record).bad("no_answer", "the answers are cut, so no end token follows them on which they are scored", mend), record.id)
             continue
+        seen = digest(record.media[part.media] for turn in record.turns for part in turn.parts if part.media is not None)
         count = len(getattr(record, reads))
         if reads == "prefs" and answers < 2:
             count = min(count, 1)  # one answer a row: the chosen one of the first preference
@@ -197,7 +205,7 @@ def _rows(
             except DataError as error:
                 refuse(error, record.id)
             else:
-                yield index, pref, row
+                yield index, pref, row, seen
 
 
 def _layout(

@@ -19,6 +19,7 @@ from mmalign_jax.models.decoder import Decoder, KeyValues, LayerCache, Masks, lo
 from mmalign_jax.models.implementation import Attention
 from mmalign_jax.models.patches import take_patches
 from mmalign_jax.models.score_head import scores
+from mmalign_jax.models.shared_pictures import at_tokens
 from mmalign_jax.models.vision import VisionTower
 from mmalign_jax.types import PAD, PREFIX, PairBatch, Patches
 
@@ -65,9 +66,9 @@ class Mllm:
         return dataclasses.replace(self, config=self.config.with_lora({}))
 
     def tower(
-        self, params: dict, images: UInt8[Array, "B M Y W 3"] | Float[Array, "B M Y W 3"], patches: Patches | None = None
-    ) -> Float[Array, "B G Z"]:
-        """Tower features of each row's images, before the projector. Images are pixels in 0..255."""
+        self, params: dict, images: UInt8[Array, "I M Y W 3"] | Float[Array, "I M Y W 3"], patches: Patches | None = None
+    ) -> Float[Array, "I G Z"]:
+        """Tower features of each row's images, before the projector, once where rows share them. Images are pixels in 0..255."""
         with jax.named_scope("vision"):
             if patches is not None:
                 # canvases are far larger than what is seen of them, and uint8 so far
@@ -75,17 +76,17 @@ class Mllm:
             pixels = (images.astype(jnp.float32) / 255.0 - jnp.array(self.pixel_mean)) / jnp.array(self.pixel_std)
             return VisionTower(self.config, self.remat).apply({"params": params["vision_tower"]}, pixels.astype(self.dtype), patches)
 
-    def project(self, params: dict, features: Float[Array, "B G Z"]) -> Float[Array, "B F U"]:
+    def project(self, params: dict, features: Float[Array, "I G Z"]) -> Float[Array, "I F U"]:
         with jax.named_scope("projector"):
             return Connector(self.config).apply({"params": params["projector"]}, features)
 
     def encode_images(
-        self, params: dict, images: UInt8[Array, "B M Y W 3"] | Float[Array, "B M Y W 3"], patches: Patches | None = None
-    ) -> Float[Array, "B F U"]:
+        self, params: dict, images: UInt8[Array, "I M Y W 3"] | Float[Array, "I M Y W 3"], patches: Patches | None = None
+    ) -> Float[Array, "I F U"]:
         return self.project(params, self.tower(params, images, patches))
 
-    def hidden(self, params: dict, features: Float[Array, "B F U"], batch: PairBatch) -> Float[Array, "B T D"]:
-        """Last hidden states of packed rows; image features land where `image_index` says."""
+    def hidden(self, params: dict, features: Float[Array, "I F U"], batch: PairBatch) -> Float[Array, "B T D"]:
+        """Last hidden states of packed rows; image features land where `image_index` and `picture` say."""
         how = self.attention_of(batch.prefix_slots, batch.answer_slots)
         with jax.named_scope("decoder"):
             return self._decode_rows(params, features, batch, Decoder(self.config.decoder, self.remat), how)[0]
@@ -116,7 +117,7 @@ class Mllm:
     def prefill(
         self,
         params: dict,
-        features: Float[Array, "B F U"],
+        features: Float[Array, "I F U"],
         batch: PairBatch,
         visible: Bool[Array, "B T"] | None = None,
         images_see_all: bool = False,
@@ -219,7 +220,7 @@ class Mllm:
             masks = Masks(None if local.all() else mask(None), mask(c.sliding_window) if local.any() else None, regions)
         else:
             masks = Masks(None, None, regions, batch.role != PAD, implementation)
-        placed = jnp.take_along_axis(features, jnp.maximum(batch.image_index, 0)[..., None], axis=1).astype(self.dtype)
+        placed = at_tokens(features, batch.image_index, batch.picture).astype(self.dtype)
         here, deep = (batch.image_index >= 0)[..., None], None
         inputs = jnp.where(here, placed[..., :width], self._embed(params, batch.tokens))
         if self.config.feature_parts > 1:

@@ -19,10 +19,10 @@ class Side:
     model: Mllm
     params: dict
 
-    def tower(self, batch: PairBatch) -> Float[Array, "B F Z"]:
+    def tower(self, batch: PairBatch) -> Float[Array, "I F Z"]:
         return self.model.tower(self.params, batch.images, batch.patches)
 
-    def hidden(self, tower: Float[Array, "B F Z"], batch: PairBatch) -> Float[Array, "B T D"]:
+    def hidden(self, tower: Float[Array, "I F Z"], batch: PairBatch) -> Float[Array, "B T D"]:
         """Last hidden states of packed rows, from the tower's features of their images."""
         return self.model.hidden(self.params, self.model.project(self.params, tower), batch)
 
@@ -63,7 +63,7 @@ def answer_logps(
     return AnswerLogps(sums, lengths, theirs, policy, reference, weight, changed)
 
 
-def branch_logps(side: Side, tower: Float[Array, "B F Z"], batch: PairBatch) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
+def branch_logps(side: Side, tower: Float[Array, "I F Z"], batch: PairBatch) -> tuple[Float[Array, "B K"], Float[Array, "B K"]]:
     """Sums of the log-probs of every answer of packed rows, and the answers' lengths."""
     logps = answer_logps(side.tokens(side.hidden(tower, batch), batch).logps, None, batch)
     return logps.policy, logps.lengths

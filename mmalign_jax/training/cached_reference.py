@@ -153,6 +153,7 @@ class CachedReference:
         rows = mesh_lib.batch_rows(mesh, rows)
         index, count = process_slice(mesh)
         options = {"batch_size": rows, "process_index": index, "process_count": count, "workers": c.data.workers, "extras": extras}
+        options["devices"] = mesh_lib.batch_divisor(mesh) // count
         run = jax.jit(part.program(sides[0].model))
         with self.console.phase(f"Computing the reference's log-probs{part.words}") as progress, jax.set_mesh(mesh):
             for bucket in plan.buckets:

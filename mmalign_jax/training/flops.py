@@ -1,6 +1,7 @@
 """Model FLOPs of a training step from the formulas of the field: the compiler's own counts are wrong under scan."""
 
 import dataclasses
+import math
 from collections.abc import Collection
 
 import jax
@@ -51,14 +52,16 @@ class Work:
 def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Collection[str]) -> float:
     """FLOPs of one step over all rows, recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
 
-    Slots are counted as they are computed, padding too, and so are products of queries and keys. Frozen weights need no gradient of their
-    own, only carry that of what trains in and below them. Low-rank factors themselves are not counted: about 2 rank / width of their linears.
+    Pictures that rows share count once; under a view, each row has its own. Slots are counted as they are computed, padding too, and so are
+    products of queries and keys. Frozen weights need no gradient of their own, only carry that of what trains in and below them. Low-rank
+    factors themselves are not counted: about 2 rank / width of their linears.
 
     Args:
       freeze: parts whose own weights do not train. `config.lora` says which have factors that do.
     """
     c, v = config.decoder, config.vision
     rows = batch.tokens.size // batch.tokens.shape[-1]
+    pictures = math.prod(batch.images.shape[:-4])
     layer = 2 * c.width * c.head_width * (c.heads + c.kv_heads) + 3 * c.width * c.mlp_width
     training = {"vision_tower", "projector", "decoder"} - set(freeze) | set(config.lora)
     backward = 4 if "decoder" not in freeze else 2 if training else 0
@@ -93,11 +96,12 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
         of_tower = 2
     tower *= tiles
     more = work.more_answers
-    total = decoder(batch.answers + more, passes) + of_tower * tower
-    for answers, times, tower_times in ((work.other_answers, passes, of_tower), (work.blind_answers, 2 + theirs, 2)):
+    total = rows * decoder(batch.answers + more, passes) + pictures * of_tower * tower
+    others = ((work.other_answers, passes, rows * of_tower), (work.blind_answers, 2 + theirs, pictures * 2))
+    for answers, times, tower_times in others:
         if answers:
-            total += decoder(answers, times) + tower_times * tower
-    return float(rows * total)
+            total += rows * decoder(answers, times) + tower_times * tower
+    return float(total)
 
 
 def mfu(flops: float, seconds: float) -> float | None:

@@ -43,7 +43,7 @@ class HeldOut:
         self._records, self._processor, self._plan, self._mesh = records, processor, plan, mesh
         index, count = process_slice(mesh)
         rows = {"batch_size": mesh_lib.batch_rows(mesh, batch_size), "process_index": index, "process_count": count}
-        self._options = rows | {"workers": workers, "extras": extras}
+        self._options = rows | {"workers": workers, "extras": extras, "devices": mesh_lib.batch_divisor(mesh) // count}
         self._run = jax.jit(functools.partial(_rewards, loss))
 
     def __call__(self, params: dict, frozen: dict, reference: dict | None, key: Array) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from mmalign_jax.losses import AnswerLogps, BranchStats, Need
 from mmalign_jax.models import score_head
 from mmalign_jax.models.lora import is_factor
 from mmalign_jax.models.mllm import Mllm
+from mmalign_jax.models.shared_pictures import of_rows, with_own_pictures
 from mmalign_jax.models.tree import split, union
 from mmalign_jax.pairs import views
 from mmalign_jax.training.branches import Side, answer_logps, lengths_alone, with_mismatched
@@ -236,21 +237,22 @@ class _Pass:
     def _own_answers(self, count: int) -> PairBatch:
         return self.batch.first_answers(count)
 
-    def _features(self, side: Side, batch: PairBatch) -> Float[Array, "B F Z"]:
+    def _features(self, side: Side, batch: PairBatch) -> Float[Array, "I F Z"]:
         features = side.tower(batch)
         return jax.lax.stop_gradient(features) if self.tower_fixed else features
 
-    def _theirs(self, batch: PairBatch, ours: Float[Array, "B F Z"]) -> Float[Array, "B F Z"]:
+    def _theirs(self, batch: PairBatch, ours: Float[Array, "I F Z"]) -> Float[Array, "I F Z"]:
         """The reference's features: the policy's own where the tower does not train."""
         return ours if self.tower_fixed else self.reference.tower(batch)
 
     def _corrupted(self, answers: int) -> PairBatch:
         """The first answers under the objective's view of the images; the same for policy and reference."""
-        view, batch, features, target = self.loss.view, self._own_answers(answers), None, None
+        view, batch, features, target = self.loss.view, with_own_pictures(self._own_answers(answers)), None, None
         if "features" in view.needs:
             features = self._tower_of(self.policy.fixed(), batch)
             # away from where the tower began
-            target = jax.lax.stop_gradient(self.features if self.reference is None else self.their_features)
+            target = self.features if self.reference is None else self.their_features
+            target = jax.lax.stop_gradient(of_rows(target, self.batch.picture))
         epoch = self.moment.epoch if self.loss.redraw_views else 0
         return corrupted(view, self.loss.model, batch, self.key, epoch, features=features, target=target)
 

@@ -60,7 +60,7 @@ class Monitor:
         return out | self._own_answers(policy, theirs, batch, features, key)
 
     def _with_and_without_image(
-        self, policy: Side, theirs: Side | None, batch: PairBatch, features: Float[Array, "B F Z"], hidden: Float[Array, "B T D"]
+        self, policy: Side, theirs: Side | None, batch: PairBatch, features: Float[Array, "I F Z"], hidden: Float[Array, "B T D"]
     ) -> Metrics:
         blind = batch.with_images(jnp.zeros_like(batch.images))
         weight = batch.by_answer(batch.token_weight)
@@ -86,7 +86,7 @@ class Monitor:
             out["monitor/length_correlation"] = _pearson(lengths[:, 0] - lengths[:, 1], score[:, 0] - score[:, 1])
         return {name: jnp.mean(value.astype(jnp.float32)) for name, value in out.items()}
 
-    def _own_answers(self, policy: Side, theirs: Side | None, batch: PairBatch, features: Float[Array, "B F Z"], key: Array) -> Metrics:
+    def _own_answers(self, policy: Side, theirs: Side | None, batch: PairBatch, features: Float[Array, "I F Z"], key: Array) -> Metrics:
         asked = prompts(batch)
         filled = self.model.prefill(policy.params, self.model.project(policy.params, features), asked)
         keys = lane_keys(key, asked.record_key, jnp.zeros_like(asked.record_key, jnp.int32), 1)

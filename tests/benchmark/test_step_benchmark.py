@@ -19,6 +19,7 @@ from mmalign_jax.benchmark.separate_rows import SeparateRows, apart
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.report.console import Console, format_table
+from mmalign_jax.training.flops import Work, step_flops
 
 TINY = hf_config(28) | {
     "text_config": hf_config()["text_config"]
@@ -44,7 +45,7 @@ def workload(tmp_path_factory):
 
 
 def test_both_forms_of_the_step_compute_the_same(workload):
-    (ready, ours), (more, naive) = (step_ours.runner(workload, naive=form) for form in (False, True))
+    (ready, ours), (more, naive) = (step_ours.runner(workload, form) for form in ("", "naive"))
     assert ready["tokens_of_a_row"] == more["tokens_of_a_row"] + SHAPE.answer_words + 1  # one more answer, with its end
     first, second = ours({"steps": 2}), naive({"steps": 2})
     np.testing.assert_allclose(first["logps_chosen"], second["logps_chosen"], rtol=1e-5)
@@ -69,6 +70,21 @@ def test_rows_apart(workload):
     assert parts.role.max() == 2
     with pytest.raises(ValueError, match="auxiliary"):
         apart(dataclasses.replace(rows, auxiliary=rows))
+
+
+def test_pairs_of_a_picture(workload, tmp_path):
+    """Pictures once, or once for each pair: the same step, of fewer FLOPs."""
+    shape = dataclasses.replace(SHAPE, pairs_of_image=4)
+    twice = dataclasses.replace(workload, shape=shape, pairs=make_pairs(tmp_path, shape, seed=1, vocabulary=512))
+    assert len({pair.pictures for pair in twice.pairs}) == 2 and len({pair.prompt for pair in twice.pairs}) == 8
+    policy = Pretrained.read(Path(twice.model), mesh_lib.make_mesh(1, 1, 1, jax.devices()[:1]))
+    shared, unshared = (next(step_ours.loader_of(twice, policy, shared=form)) for form in (True, False))
+    assert shared.images.shape[:2] == (1, 2) and unshared.images.shape[:2] == (1, 8)
+    work = Work.of(losses.build("dpo"), live_reference=True)
+    flops = [step_flops(policy.sizes, rows, work=work, freeze=("vision_tower",)) for rows in (shared, unshared)]
+    assert flops[0] < flops[1]
+    with pytest.raises(ValueError, match="picture"):
+        apart(shared)
 
 
 def test_what_separate_rows_cannot_be():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.families import all_cases, one_a_kind
-from helpers.tiny import Tiny, answer_sums, batch_of, quick_jit, rows, sample
+from helpers.tiny import Tiny, answer_sums, batch_of, quick_jit, rows, sample, shared
 
 from mmalign_jax import losses
 from mmalign_jax.mesh import make_mesh, sharding
@@ -63,6 +63,13 @@ def test_pixels_matter_padding_mates_and_other_answers_do_not(case, sums, batch,
     np.testing.assert_allclose(sums(garbage), expected, rtol=1e-6)
     order = np.arange(len(case.records))[::-1].copy()
     np.testing.assert_allclose(sums(rows(batch, *order))[order], expected, rtol=1e-5)
+
+
+def test_shared_pictures_equal_separate_ones(case, sums, batch, expected):
+    order = np.concatenate([np.arange(len(case.records)), [1, 0]])
+    once = shared(rows(batch, *order))
+    assert once.images.shape[0] < len(order)
+    np.testing.assert_allclose(sums(once), expected[order], rtol=1e-5)
 
 
 def test_packed_row_equals_separate_rows_and_other_padding(case, tiny, batch, expected):

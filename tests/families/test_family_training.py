@@ -31,15 +31,16 @@ def test_five_steps(tmp_path, name, method):
     for number, picture in enumerate(PICTURES):
         image = {"bytes": photo_bytes(picture, (60 + 20 * number, 90 - 15 * number)), "path": f"{picture}.jpg"}
         answers = {"question": "What is in the picture?", "chosen": "There is a red cat.", "rejected": "A dog and two birds."}
-        rows.append(rlaif_row(number, image=image, **answers))
+        rows += [rlaif_row(2 * number + twin, image=image, **answers) for twin in range(2)]
     file = write_parquet(tmp_path / "rows.parquet", rows)
     done = launch(
         "launch/train.py", "--config", "configs/base.py", f"--config.model.path={base}", f"--config.data.path={file}",
         "--config.data.format=rlaif_v", "--config.train.steps=5", "--config.train.batch_size=2", "--config.train.log_every=1",
         "--config.optimizer.learning_rate=1e-3", "--config.report.gallery=0", "--config.report.tensorboard=False",
-        f"--config.data.buckets={2 if method == 'dpo' else 1}", *METHODS[method], "--workdir", tmp_path / "run",
+        "--config.data.order=by_image", f"--config.data.buckets={2 if method == 'dpo' else 1}", *METHODS[method], "--workdir", tmp_path / "run",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "Rows share their pictures: those of 1 or 2 rows are encoded for the 2 rows of a device" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     # mDPO adds an image edge and an anchor, each log 2 as well

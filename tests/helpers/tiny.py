@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mmalign_jax.data.layout import RowLayout, lay_out, stack_rows, tokenize
+from mmalign_jax.data.shared_pictures import places
 from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.hf.processor import Processor, load_processor
 from mmalign_jax.models.config import MllmConfig
@@ -101,6 +102,18 @@ def parts(batch: PairBatch, count: int = 1) -> PairBatch:
 
 def rows(batch: PairBatch, *wanted: int) -> PairBatch:
     return jax.tree.map(lambda x: x[np.array(wanted)], batch)
+
+
+def shared(batch: PairBatch, groups: int = 1) -> PairBatch:
+    """The rows `[B]` with the distinct pictures of each group of rows once."""
+    leaves, known = jax.tree.leaves((batch.images, batch.patches)), {}
+    content = (b"".join(np.asarray(leaf[row]).tobytes() for leaf in leaves) for row in range(batch.tokens.shape[0]))
+    place, first = places(np.array([known.setdefault(one, len(known)) for one in content]).reshape(groups, -1))
+    size = int(first.sum(axis=1).max())
+    kept = [[*found, *found[:1] * (size - len(found))] for found in (np.flatnonzero(group).tolist() for group in first)]
+    kept = np.concatenate([np.array(found) + number * first.shape[1] for number, found in enumerate(kept)])
+    images, patches = jax.tree.map(lambda x: x[kept], (batch.images, batch.patches))
+    return dataclasses.replace(batch, images=images, patches=patches, picture=jnp.asarray(place))
 
 
 def prefill(model: Mllm, params: dict, batch: PairBatch, visible=None) -> Prefill:

@@ -1,5 +1,7 @@
 """FLOPs of a step against the rule of thumb of 2 N a token, and their parts against each other."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -62,6 +64,16 @@ def test_lora_carries_the_gradient_and_has_none_for_the_weights():
     # a tower with factors is computed for policy and for reference, and once more for the gradient
     tower = [lora_flops(picture, parts) - lora_flops(text, parts) for parts in ((), ["vision_tower"])]
     np.testing.assert_allclose(tower[1], 3 * tower[0])
+
+
+def test_pictures_that_rows_share_count_once():
+    four = batch(4)
+    shared = dataclasses.replace(four, images=batch(2).images, picture=np.array([[[0, 0, 1, 1]]]))
+    tower = (flops(four) - flops(batch(4, images=0))) / 4
+    np.testing.assert_allclose(flops(four) - flops(shared), 2 * tower, rtol=1e-6)
+    # under a view, every row has its own
+    with_other = lambda some: flops(some, other_image=True) - flops(some)  # noqa: E731
+    np.testing.assert_allclose(with_other(four), with_other(shared))
 
 
 def test_mfu_is_not_guessed_for_an_unknown_device():
