@@ -16,8 +16,8 @@ def hf_config(side: int = 336, small: bool = False, large_tower: bool = False) -
     """`config.json`: a Llama of 8 layers, width 512, behind a CLIP tower of 6 layers, width 256, `side` pixels in patches of 14.
 
     Args:
-      large_tower: a tower of 12 layers, width 512, 38 million parameters: as large beside its decoder as those of the smallest published models.
-      small: 2 layers of width 128 behind 2 of width 64, 9 million parameters, nearly all of them of the vocabulary.
+      small: 2 layers of width 128 behind 2 of width 64, 9 million parameters, nearly all of them of the vocabulary; its tower comes first.
+      large_tower: a tower of 12 layers, width 512, 38 million parameters.
     """
     config = _large(side)
     if large_tower:
