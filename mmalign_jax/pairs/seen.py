@@ -7,20 +7,21 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.pairs.views import View
+from mmalign_jax.pairs.views.view import Images
 from mmalign_jax.types import Patches
 
 
 def under(
     view: View,
     model: Mllm,
-    images: UInt8[Array, "B M Y W 3"],
+    images: Images,
     patches: Patches | None,
     keys: Key[Array, " B"],
     *,
-    other_images: UInt8[Array, "B M Y W 3"] | None = None,
+    other_images: Images | None = None,
     features: Callable[[Array], Array] | None = None,
     target: Float[Array, "B F Z"] | None = None,
-) -> UInt8[Array, "B M Y W 3"] | Float[Array, "B M Y W 3"]:
+) -> Images:
     """Each row's pictures under the view, drawn with the row's key; not rounded where the view is another one for that.
 
     Args:
