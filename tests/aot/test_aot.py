@@ -112,6 +112,7 @@ def test_a_long_prefix_is_full_of_tiles():
         tiles(**{"data.prefix_tokens": 0})
 
 
+@pytest.mark.nightly
 def test_lora_keeps_the_base_once_and_trains_the_factors(replicated, sizes):
     """The state is the base in bfloat16, and factors of two layers and rank 8 with two moments; the reference is no copy."""
     lora = compile_step(settings(**{"lora.rank": 8, "mesh.data": 8, "mesh.fsdp": 1}), sizes, "v5e:2x4")

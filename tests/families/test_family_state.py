@@ -79,7 +79,8 @@ def test_saved_and_restored_equals_uninterrupted(steps, batches, tmp_path):
 
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     with jax.set_mesh(steps.mesh):
-        state, position = checkpoints.restore(steps.abstract(), steps.frozen())
+        position = checkpoints.position(steps.abstract())
+        state = checkpoints.restore(steps.abstract(), steps.frozen())
     checkpoints.close()
     loader = steps.loader(BATCH, 2)
     loader.set_state(position)

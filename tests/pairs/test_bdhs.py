@@ -150,6 +150,7 @@ def test_batch_order_and_mesh_do_not_matter(sampler_of):
     assert {iteration for _, iteration, *_ in expected} == {1, 2, 3}
 
 
+@pytest.mark.nightly
 def test_noise_is_drawn_anew_for_every_attempt(sampler_of, monkeypatch):
     monkeypatch.setattr(bdhs, "measure_of", lambda config: lambda pairs: [1.0] * len(pairs))  # nothing is accepted before the end
     config = dataclasses.replace(GREEDY, rho_th=0.0, noise_steps=900, batch_size=8, guided=False, eps=0.5)

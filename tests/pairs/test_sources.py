@@ -67,6 +67,7 @@ def texts(found):
     return [[one.text for one in each] for each in found]
 
 
+@pytest.mark.nightly
 def test_answers_under_a_view_are_of_it_and_drawn_anew(ask):
     clean, same, black, noise = (ask(text) for text in ("policy", "identity", "black", "diffusion(900)"))
     assert [[len(each) for each in found] for found in (clean, black)] == [[2] * 3] * 2

@@ -67,7 +67,7 @@ def test_turns_and_lanes_side_by_side_write_the_same(tiny, started, changes):
         assert {1, X} < set(expected[1].ravel().tolist()) and len({*expected[1].sum(axis=1).tolist()}) > 8
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("apart", [pytest.param(False, marks=pytest.mark.nightly), True])
 def test_places_are_taken_over_and_left_out(tiny, started, apart):
     """Six rows at a time, two begun together, under a mesh of one device; then what is left of them in three places."""
     expected = run(decode_lanes, tiny, OPTIONS, *started)

@@ -147,7 +147,7 @@ class Stepping:
         return jax.device_get(state), seen
 
 
-@pytest.mark.parametrize("name", ["bco", "aot", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("kto", "beta_dpo"))])
+@pytest.mark.parametrize("name", ["bco", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("aot", "kto", "beta_dpo"))])
 def test_statistics_over_the_batch_are_those_of_the_whole_step(tiny, reference, batch, name):
     """Two parts of two rows give loss, metrics, parameters and the objective's state of four rows at once."""
     whole, in_parts = (Stepping(tiny, name, count, beta=0.5)(reference, batch, steps=2) for count in (1, 2))

@@ -59,6 +59,9 @@ class Batches:
         self.step += 1
         return parts(dataclasses.replace(self._rows, weight=weight)), {}
 
+    def begin(self):
+        return None
+
     def get_state(self):
         return {"step": self.step}
 

@@ -85,6 +85,7 @@ def test_a_group_of_two_is_a_pair_and_a_third_answer_changes_no_other(tiny, refe
     np.testing.assert_allclose(stats.answers.policy[:, 1:], policy[:, ::-1], rtol=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_step_in_parts_has_the_loss_of_all_labelled_rows(tiny, reference):
     """The baseline is over all rows of the step, and labels go where their rows go."""
     loss, batch = LossFunction(tiny.model, losses.build("kto_unpaired", beta=0.5)), rows_of(tiny, LABELLED, "kto_unpaired")
