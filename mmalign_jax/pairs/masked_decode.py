@@ -138,12 +138,12 @@ class Decoding:
             del self._queue[:count]
         if not self.busy:
             return []
-        decoder, smallest = self._decoder, len(self._jobs) == self._decoder.sizes[-1]
-        if more:
-            most = decoder.rows - decoder.at_once
+        decoder = self._decoder
+        if more or self._queue:
+            most = len(self._jobs) - decoder.at_once
         else:
             self._leave_out()
-            most = 0 if smallest else len(self._jobs) // 2
+            most = 0 if len(self._jobs) == decoder.sizes[-1] else len(self._jobs) // 2
         with jax.set_mesh(decoder.mesh):
             advance = _compiled(decoder.mesh).advance
             # at least one comes to its end

@@ -62,6 +62,9 @@ class Checkpoints:
                 name = differing[0]
                 problem = f"{name} has shape {theirs.get(name)} there, {ours.get(name)} in this run"
                 raise UserError(f"{self._newest}: the checkpoint is of another model ({problem}); use a new --workdir")
+            if ("sampler" in metadata.tree) != bool(like.sampler):
+                problem = "its pairs were made by an older policy, or only this run's are: config.pairs.every is 1 in one of them"
+                raise UserError(f"{self._newest}: {problem}; set it as it was, or use a new --workdir")
             return self._manager.restore(self.latest, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
 
     def restore(self, like: TrainState, frozen: dict) -> TrainState:

@@ -179,6 +179,8 @@ def test_restore_on_another_mesh(tiny, saved, sizes):
         like, _ = FROZEN_TOWER.split(abstract_policy(tiny.config, mesh))
         checkpoints = Checkpoints(workdir / "checkpoints", CheckpointConfig())
         like_state = abstract_state(like, optimizer, mesh)
+        with pytest.raises(UserError, match="config.pairs.every is 1 in one of them; set it as it was"):
+            checkpoints.position(dataclasses.replace(like_state, sampler=like))
         position, state = checkpoints.position(like_state), checkpoints.restore(like_state, {"vision_tower": {}})
         checkpoints.close()
         fresh = init_state(FROZEN_TOWER.split(read(tiny, mesh))[0], {}, optimizer, 0)
