@@ -16,6 +16,7 @@ if version("jaxlib").startswith("0.10."):
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 # By jax.config and not by XLA_FLAGS, so that the commands which tests start see one device, as a user does.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -24,3 +25,11 @@ jax.config.update("jax_num_cpu_devices", 8)
 # and batch axes, which are no arrays of the annotated shape.
 _STRATEGY = "beartype.BeartypeStrategy.O0 if x.__name__ == '__init__' else beartype.BeartypeStrategy.O1"
 jaxtyping.install_import_hook("mmalign_jax", f"beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, strategy={_STRATEGY}))")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """XLA's optimisations are of no use to tiny arrays, and most of the time of tests that compile much."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

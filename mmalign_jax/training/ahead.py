@@ -24,6 +24,11 @@ class Compiler:
         self._mesh, self._left = mesh, threading.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmalign-compile")
 
+    @property
+    def left(self) -> bool:
+        """Whether nobody waits for programs any more. What compiles several asks between them."""
+        return self._left.is_set()
+
     def __enter__(self) -> "Compiler":
         return self
 
@@ -39,7 +44,7 @@ class Compiler:
         started = time.monotonic()
         with jax.set_mesh(self._mesh):  # it holds for one thread only
             lowered = jitted.lower(*shapes)
-            if self._left.is_set():
+            if self.left:
                 raise CancelledError
             return lowered.compile(), time.monotonic() - started
 

@@ -108,7 +108,8 @@ def train(
         options = {"follow": reference.follow, "rows_per_epoch": rows_per_epoch, "updates": updates}
         if config.model.remat == AUTO:
             make = lambda remat: make_train_step(loss.with_remat(remat), optimizer, schedule, **options)  # noqa: E731
-            step = Program(FittingStep(make, candidates(AUTO), device_limit(mesh, config.model.memory_gib), console.line))
+            limit = device_limit(mesh, config.model.memory_gib)
+            step = Program(FittingStep(make, candidates(AUTO), limit, console.line, stopped=lambda: compiler.left))
         else:
             step = Program(make_train_step(loss, optimizer, schedule, **options))
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)

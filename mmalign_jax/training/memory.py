@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Protocol
 
@@ -72,18 +73,22 @@ def candidates(remat: str) -> tuple[str, ...]:
     return tuple(name for name in POLICIES if name != "offload") if remat == AUTO else (remat,)
 
 
-def fitting(lower: Callable[[str], Lowered], names: Sequence[str], limit: int) -> Fitting:
+def fitting(lower: Callable[[str], Lowered], names: Sequence[str], limit: int, stopped: Callable[[], bool] = lambda: False) -> Fitting:
     """Compiles the step with one remat after another until it fits into `limit` bytes.
 
     Args:
       lower: the step with a remat of this name.
+      stopped: whether nobody waits for the result any more.
 
     Raises:
       UserError: the compiler itself finds no room for any of them.
+      CancelledError: `stopped`.
     """
     tried: dict[str, int | None] = {}
     best: tuple[str, Compiled, Needs] | None = None
     for name in names:
+        if stopped():
+            raise CancelledError
         try:
             compiled = lower(name).compile()
         except jax.errors.JaxRuntimeError as error:
@@ -139,10 +144,18 @@ class FittingStep:
     Args:
       make: the jitted step with a remat of this name.
       say: is told every choice.
+      stopped: see `fitting`.
     """
 
-    def __init__(self, make: Callable[[str], JittedStep], names: Sequence[str], limit: int, say: Callable[[str], None]):
-        self._make, self._names, self._limit, self._say = make, names, limit, say
+    def __init__(
+        self,
+        make: Callable[[str], JittedStep],
+        names: Sequence[str],
+        limit: int,
+        say: Callable[[str], None],
+        stopped: Callable[[], bool] = lambda: False,
+    ):
+        self._make, self._names, self._limit, self._say, self._stopped = make, names, limit, say, stopped
         self._chosen: dict[tuple, Fitting] = {}
 
     def __call__(self, state: TrainState, reference: dict | None, batch: PairBatch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -156,7 +169,7 @@ class FittingStep:
         leaves, structure = jax.tree.flatten(batch)
         shape = (structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         if shape not in self._chosen:
-            found = fitting(lambda name: self._make(name).lower(state, reference, batch), self._names, self._limit)
+            found = fitting(lambda name: self._make(name).lower(state, reference, batch), self._names, self._limit, self._stopped)
             self._say(f"{found.in_words()}, for rows of {batch.tokens.shape[-1]} slots")
             self._chosen[shape] = found
         return self._chosen[shape].compiled

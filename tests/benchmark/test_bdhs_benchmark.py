@@ -30,11 +30,7 @@ TINY = hf_config() | {
 OPTIONS = Options(rho_th=0.8, n_iter=3, eps=0.6, max_sentence_tokens=12, max_answer_tokens=20)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,7 @@ TINY = hf_config(28) | {
 SHAPE = Shape(batch=8, images=2, side=28, prompt_words=6, answer_words=9)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -32,11 +32,7 @@ RECORDS, ANSWERS = (TWO, THREE, FOUR), (("A cat.", "A blue dog sits on the table
 FREE = (0.0, 0.0, 0.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -47,12 +47,7 @@ def build():
     return [record(name, "What is in the picture?", "".join(sentences), images=images) for name, (sentences, images) in RECORDS.items()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """XLA's optimisations are of no use to tiny arrays, and most of the time of these tests."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -38,11 +38,7 @@ CONFIG = Config(pairs=PAIRS, data=DataConfig(workers=0))
 RECORDS = [record(f"r{number}", "What is it?", f"A cup. {number} dogs.", images=[number]) for number in range(5)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

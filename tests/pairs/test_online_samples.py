@@ -37,11 +37,7 @@ SAMPLES = SamplesConfig(count=3, max_tokens=12, stop_strings=("e",), seed=5, bat
 TRAIN = TrainConfig(batch_size=4, accumulate=2, seed=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -29,11 +29,7 @@ RECORDS = [
 TABLE = Mentions({"cat": (), "dog": (), "owl": (), "ant": (), "cup": ("mug",), "egg": ()})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """The cheapest remat that fits is chosen, told, and the program that was compiled for it is the one that runs."""
 
 import dataclasses
+from concurrent.futures import CancelledError
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,13 @@ def test_what_the_compiler_refuses_does_not_fit():
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         fitting(broken, candidates("auto"), 100)
+
+
+def test_nothing_more_is_compiled_when_nobody_waits():
+    begun = []
+    with pytest.raises(CancelledError):
+        fitting(lambda name: begun.append(name) or program(name), candidates("auto"), 100, stopped=lambda: bool(begun))
+    assert begun == ["none"]
 
 
 def test_a_named_remat_is_no_choice():
