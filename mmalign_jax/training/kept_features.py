@@ -119,6 +119,8 @@ class KeptFeatures:
         return dict(zip(numbers, found, strict=True))
 
     def _open(self, key: dict) -> FeatureStore | None:
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"config.features.cache: {self.directory} is not a directory")
         store = FeatureStore.open(self.directory)
         if store is not None and (differing := differences(store.key, key)):
             raise UserError(

@@ -340,6 +340,12 @@ def test_bfloat16(base, tmp_path):
     np.testing.assert_allclose(features, pixels, rtol=1e-2)
 
 
+def test_a_file_is_no_directory(policy, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="config.features.cache: .*file is not a directory"):
+        Case(policy, tmp_path / "file").kept()
+
+
 def test_no_room_is_told_before_anything_is_computed(policy, tmp_path, monkeypatch):
     monkeypatch.setattr(kept_features.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     some = Case(policy, tmp_path / "new" / "cache")
