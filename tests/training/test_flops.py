@@ -76,5 +76,12 @@ def test_pictures_that_rows_share_count_once():
     np.testing.assert_allclose(with_other(four), with_other(shared))
 
 
+def test_a_tower_whose_features_rows_bring_does_not_count():
+    four = batch(4)
+    features = jax.ShapeDtypeStruct((1, 2, SIZES.tower_tile, SIZES.tower_width), np.float32)
+    brought = dataclasses.replace(four, images=None, features=features, picture=np.array([[[0, 0, 1, 1]]]))
+    assert flops(brought) == flops(batch(4, images=0))
+
+
 def test_mfu_is_not_guessed_for_an_unknown_device():
     assert mfu(1e12, 1.0) is None
