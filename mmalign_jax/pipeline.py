@@ -1,6 +1,7 @@
 """A run from data to export: every part is written to the run's directory when it is done, and not done again by the same command."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -42,10 +43,12 @@ from mmalign_jax.sampling import DecodeOptions
 from mmalign_jax.scenes.model import write_initial
 from mmalign_jax.scenes.splits import ORIGIN
 from mmalign_jax.training.cached_reference import CachedReference
+from mmalign_jax.training.flops import Work
 from mmalign_jax.training.held_out import HeldOut
 from mmalign_jax.training.loop import Batches, Trained, train
 from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.monitors import Monitor
+from mmalign_jax.training.packed import cost_of, in_words
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import FORMS, PairBatch, TrainState
@@ -210,7 +213,8 @@ class _Run:
         if Need.MARGIN in self.objective.needs and not any(records[index].prefs[pref].margin for index, pref in plan.items.tolist()):
             raise UserError(f"config.objective.name: {self.objective.name} goes by the pairs' margins, and in this data set all are 0")
         cache = Path(c.reference.cache) if c.reference.cache else self.workdir / run_files.REFERENCE
-        return self._with_auxiliary(_Offline(self._loader(records, plan, c.data.order, self._extras(records, plan, self.loss, cache)))), plan
+        extras = self._extras(records, plan, self.loss, cache)
+        return self._with_auxiliary(_Offline(self._loader(records, plan, c.data.order, extras, packed=c.data.packed))), plan
 
     def _plan(self, records: Records) -> RowPlan:
         objective = self.objective
@@ -278,12 +282,19 @@ class _Run:
             raise UserError("config.objective.view: other rows' pictures are not at hand for online pairs; choose another view")
         return self._with_auxiliary(batches)
 
-    def _loader(self, records: Records, plan: RowPlan, order: str, extras: Sequence[Extra] = ()) -> Loader:
-        """The loader of a set. Where rows of a device share pictures, it is said how many are encoded."""
+    def _loader(self, records: Records, plan: RowPlan, order: str, extras: Sequence[Extra] = (), *, packed: bool = False) -> Loader:
+        """The loader of a set. Where rows of a device share pictures, it is said how many are encoded; where pairs share rows, what that saves."""
         c, mesh, (index, count) = self.config, self.policy.mesh, process_slice(self.policy.mesh)
         options = {"batch_size": c.train.batch_size, "accumulate": c.train.accumulate, "seed": c.train.seed, "workers": c.data.workers}
         options |= {"process_index": index, "process_count": count, "devices": mesh_lib.batch_divisor(mesh) // count, "order": order}
-        loader = make_loader(records, self.policy.processor, plan, **options, extras=extras)
+        processor, sizes, answers = self.policy.processor, self.policy.sizes, plan.layout.answers
+        work = Work.of(self.objective, live_reference=self.reference.kind in ("live", "adapter_off", "ema"))
+        cost = cost_of(sizes, processor, answers, work=work, freeze=Trainable.of(c, sizes).frozen) if packed else None
+        loader = make_loader(records, processor, plan, **options, extras=extras, packed=cost)
+        if loader.packing is not None:
+            attention_of = functools.partial(self.policy.model.attention_of, several=True)
+            for line in in_words(loader.packing, answers, attention_of):
+                self.console.line(line)
         if len(loader.sizes) > 1:
             sizes = " or ".join(map(str, loader.sizes))
             self.console.line(f"Rows share their pictures: those of {sizes} rows are encoded for the {loader.sizes[-1]} rows of a device")
@@ -334,7 +345,7 @@ class _Run:
         p = self.policy
         c, slots = self.config, plan.layout.answer_slots
         options = DecodeOptions(slots, c.monitor.temperature, stop_ids=p.processor.eos_ids, banned_ids=p.processor.banned_ids)
-        monitor = Monitor(p.model, options) if self.objective.reads_logps else None
+        monitor = Monitor(p.model, options, (plan.layout.prefix_slots, slots)) if self.objective.reads_logps else None
         measures = {"monitor": monitor, "probe": self._probe(), "held_out": measure}
         return train(c, self.workdir, p.mesh, p.sizes, self.loss, p.params, batches, self.console, len(plan.items), **measures)
 

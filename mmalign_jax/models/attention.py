@@ -24,10 +24,12 @@ def packed_mask(
     bidirectional: str = "none",
     visible: Bool[Array, "B T"] | None = None,
     images_see_all: bool = False,
+    segment: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T T"]:
     """Who sees whom in a packed row: causal by position, and an answer sees the prefix and itself but no other answer.
 
     Args:
+      segment: `PairBatch.segment`, of rows with several pairs, none of which sees another.
       image: number of the image that a token is part of, -1 for text.
       window: counts positions back, not slots, so that every answer sees as far back as it would alone.
       bidirectional: `DecoderConfig.bidirectional`. The window bounds what an image sees of itself (Gemma 3), not what the prefix sees
@@ -44,6 +46,8 @@ def packed_mask(
     if bidirectional == "prefix":
         allowed |= (query == PREFIX) & (key == PREFIX)
     allowed &= branch
+    if segment is not None:
+        allowed &= segment[:, :, None] == segment[:, None, :]
     if visible is not None:
         seen = visible[:, None, :]
         allowed &= seen | (image >= 0)[:, :, None] if images_see_all else seen

@@ -29,19 +29,22 @@ class Attention:
         if self.setting not in SETTINGS:
             raise ValueError(f"unknown attention {self.setting!r}; there are {', '.join(SETTINGS)}")
 
-    def of(self, config: DecoderConfig, dtype: str, regions: Regions) -> str:
+    def of(self, config: DecoderConfig, dtype: str, regions: Regions, *, several: bool = False) -> str:
         """The implementation, one of `IMPLEMENTATIONS`, for rows with these regions.
+
+        Args:
+          several: rows hold several pairs.
 
         Raises:
           UserError: `setting` names one that cannot compute these rows, and why.
         """
         if self.setting == "auto":
-            return "splash" if dtype == "bfloat16" and not self.problem("splash", config, dtype, regions) else "blocks"
-        if problem := self.problem(self.setting, config, dtype, regions):
+            return "splash" if dtype == "bfloat16" and not self.problem("splash", config, dtype, regions, several=several) else "blocks"
+        if problem := self.problem(self.setting, config, dtype, regions, several=several):
             raise UserError(f"config.model.attention: {self.setting} {problem}; auto or blocks can")
         return self.setting
 
-    def problem(self, name: str, config: DecoderConfig, dtype: str, regions: Regions) -> str:
+    def problem(self, name: str, config: DecoderConfig, dtype: str, regions: Regions, *, several: bool = False) -> str:
         """Why an implementation cannot compute these rows, "" where it can."""
         if name == "blocks":
             return ""
@@ -52,6 +55,8 @@ class Attention:
         if window_binds(config, regions):
             slots = regions.prefix + regions.answer
             return f"cannot count a window of {config.sliding_window} positions over padding, and a prefix and an answer have {slots} slots"
+        if name == "cudnn" and several:
+            return "makes one causal sequence of an answer and the whole prefix before it, and rows hold several pairs (config.data.packed)"
         return "" if name == "splash" else _cudnn_problem(config, dtype)
 
 

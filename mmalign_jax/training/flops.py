@@ -52,9 +52,9 @@ class Work:
 def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Collection[str]) -> float:
     """FLOPs of one step over all rows, recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
 
-    Pictures that rows share count once; under a view, each row has its own. Slots are counted as they are computed, padding too, and so are
-    products of queries and keys. Frozen weights need no gradient of their own, only carry that of what trains in and below them. Low-rank
-    factors themselves are not counted: about 2 rank / width of their linears.
+    Rows count, of however many pairs. Pictures that rows share count once; under a view, each row has its own. Slots are counted as they are
+    computed, padding too, and so are products of queries and keys. Frozen weights need no gradient of their own, only carry that of what trains
+    in and below them. Low-rank factors themselves are not counted: about 2 rank / width of their linears.
 
     Args:
       freeze: parts whose own weights do not train. `config.lora` says which have factors that do.
