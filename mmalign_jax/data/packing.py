@@ -51,13 +51,20 @@ class Chosen:
     Args:
       used: share of the steps that takes each shape.
       empty: share of the slots that is empty, on average over steps.
-      cost: of a step, relative to rows of one pair.
+      mean: cost of a device's rows, on average over steps.
+      alone: the same of rows of one pair.
     """
 
     shapes: tuple[PackedShape, ...]
     used: tuple[float, ...]
     empty: float
-    cost: float
+    mean: float
+    alone: float
+
+    @property
+    def cost(self) -> float:
+        """Of a step, relative to rows of one pair."""
+        return self.mean / self.alone
 
 
 def deal(sizes: Int[np.ndarray, "pairs parts"], groups: int) -> Int[np.ndarray, "groups own"]:
@@ -137,10 +144,10 @@ def choose(sizes: Int[np.ndarray, "steps groups pairs parts"], tiles: Int[np.nda
     slots = np.array([shapes[number].rows * _slots(shapes[number], sizes.shape[-1]) for number in picked])[taken]
     empty = 1.0 - sizes.sum(axis=(1, 2, 3)) / (groups * slots)
     alone = cost(dataclasses.replace(last, tiles=max(1, int(tiles.max()))))
-    mean, used = float(costs[picked][taken].mean() / alone), list(np.bincount(taken, minlength=len(picked)) / steps)
+    mean, used = float(costs[picked][taken].mean()), list(np.bincount(taken, minlength=len(picked)) / steps)
     if len(found) > 1 and cost(spare := _spare(found[-2], last)) < cost(last):
         found, used = [*found[:-1], spare, last], [*used[:-1], 0.0, used[-1]]
-    return Chosen(tuple(found), tuple(map(float, used)), float(empty.mean()), mean)
+    return Chosen(tuple(found), tuple(map(float, used)), float(empty.mean()), mean, alone)
 
 
 def room_of(shape: PackedShape, parts: int) -> list[int]:

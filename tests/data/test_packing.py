@@ -154,7 +154,7 @@ def test_what_begins_has_the_shape_of_what_comes_and_a_run_goes_on_either_way():
 
 
 def test_a_step_that_fits_no_shape_takes_a_row_a_pair(monkeypatch):
-    few = lambda sizes, tiles, last, cost: Chosen((PackedShape(1, 168, 120, 7), last), (1.0, 0.0), 0.1, 0.5)  # noqa: E731
+    few = lambda sizes, tiles, last, cost: Chosen((PackedShape(1, 168, 120, 7), last), (1.0, 0.0), 0.1, 1.0, 2.0)  # noqa: E731
     monkeypatch.setattr(packed_rows, "choose", few)
     batches = list(itertools.islice(loader(), 8))
     assert {batch.tokens.shape[1:] for batch in batches} == {(2, 408), (16, PLAN.layout.tokens)}

@@ -53,6 +53,12 @@ def test_cudnn_by_name():
     assert of("cudnn", "cuda") == "cudnn"
 
 
+def test_rows_of_several_pairs():
+    assert Attention("auto", "tpu").of(LLAVA, "bfloat16", PAIR, several=True) == "splash"
+    with pytest.raises(UserError, match="config.model.attention: cudnn makes one causal sequence .* rows hold several pairs"):
+        Attention("cudnn", "cuda").of(LLAVA, "bfloat16", PAIR, several=True)
+
+
 @pytest.mark.parametrize(
     ("setting", "platform", "dtype", "changes", "message"),
     [
