@@ -1,7 +1,6 @@
 """A run from data to export: every part is written to the run's directory when it is done, and not done again by the same command."""
 
 import dataclasses
-import functools
 import json
 import os
 import signal
@@ -292,8 +291,7 @@ class _Run:
         cost = cost_of(sizes, processor, answers, work=work, freeze=Trainable.of(c, sizes).frozen) if packed else None
         loader = make_loader(records, processor, plan, **options, extras=extras, packed=cost)
         if loader.packing is not None:
-            attention_of = functools.partial(self.policy.model.attention_of, several=True)
-            for line in in_words(loader.packing, answers, attention_of):
+            for line in in_words(loader.packing, answers, self.policy.model.attention_of):
                 self.console.line(line)
         if len(loader.sizes) > 1:
             sizes = " or ".join(map(str, loader.sizes))
@@ -345,7 +343,7 @@ class _Run:
         p = self.policy
         c, slots = self.config, plan.layout.answer_slots
         options = DecodeOptions(slots, c.monitor.temperature, stop_ids=p.processor.eos_ids, banned_ids=p.processor.banned_ids)
-        monitor = Monitor(p.model, options, (plan.layout.prefix_slots, slots)) if self.objective.reads_logps else None
+        monitor = Monitor(p.model, options) if self.objective.reads_logps else None
         measures = {"monitor": monitor, "probe": self._probe(), "held_out": measure}
         return train(c, self.workdir, p.mesh, p.sizes, self.loss, p.params, batches, self.console, len(plan.items), **measures)
 

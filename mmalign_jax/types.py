@@ -232,6 +232,8 @@ class PairBatch:
     margin: Float[Array, "*A B"]
     prefix_slots: int = dataclasses.field(metadata={"static": True})
     answer_slots: int = dataclasses.field(metadata={"static": True})
+    longest: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})  # of rows with several pairs: most slots of a
+    # pair's prefix, and of one of its answers
     patches: Patches | None = None
     mrope: Int[Array, "*A B 3 T"] | None = None
     weight: Float[Array, "*A B"] | None = None  # of the pair in the loss; None: 1

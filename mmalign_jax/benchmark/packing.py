@@ -104,7 +104,11 @@ class Found:
 
 
 def analyse(
-    sizes: Sequence[RowSize], model: MllmConfig, buckets: Sequence[int] = BUCKETS, slots: Sequence[int] = SLOTS, splits: Sequence[tuple[int, int]] = ()
+    sizes: Sequence[RowSize],
+    model: MllmConfig,
+    buckets: Sequence[int] = BUCKETS,
+    slots: Sequence[int] = SLOTS,
+    splits: Sequence[tuple[int, int]] = (),
 ) -> Found:
     """Args: slots: of a row of several pairs; those that hold the longest pair are tried. splits: see `SPLITS`."""
 
@@ -139,7 +143,8 @@ def packed(sizes: Sequence[RowSize], model: MllmConfig, pairs: int, devices: int
     order = np.concatenate([random.permutation(len(sizes)) for _ in range(-(-steps * batch // len(sizes)))])
     dealt = np.stack([numbers[deal(lengths[numbers], devices)] for numbers in order[: steps * batch].reshape(steps, batch)])
     layout = _layout(sizes)
-    last = PackedShape(pairs, layout.prefix_slots, layout.answer_slots, max(1, pairs * layout.images))
+    alone = (layout.prefix_slots, layout.answer_slots)
+    last = PackedShape(pairs, *alone, max(1, pairs * layout.images), alone)
     flops = functools.partial(packed_flops, model, answers=2, work=Work(reference=True), freeze=("vision_tower",))
     return choose(lengths[dealt], tiles[dealt].sum(axis=-1).max(axis=-1), last, flops)
 

@@ -99,8 +99,8 @@ class Loader:
         self._batches.start_prefetch()
         # all rows of a step have one layout, and what an extra adds to it is known when it has been made; the first row has its pictures with it
         place, row = self._rows[self._behind // self._split.processes]
-        layout = self._layouts[int(row["layout"]) if self.packing is None else place.shape]
-        return PairBatch(**self._own.form(place, row), prefix_slots=layout.prefix_slots, answer_slots=layout.answer_slots)
+        number = int(row["layout"]) if self.packing is None else place.shape
+        return _batch({**self._own.form(place, row), "layout": np.array(number)}, self._layouts)
 
     def get_state(self) -> dict[str, int]:
         """What JSON can hold: the rows that all processes together have taken, and what the order depends on."""
@@ -269,4 +269,5 @@ def _read_options(workers: int, rows: int = 0) -> grain.ReadOptions:
 def _batch(arrays: dict[str, Any], layouts: Sequence[RowLayout | PackedShape]) -> PairBatch:
     """The batch of rows that were all laid out by one of the layouts, `arrays["layout"]`."""
     layout = layouts[int(arrays.pop("layout").flat[0])]
-    return PairBatch(**arrays, prefix_slots=layout.prefix_slots, answer_slots=layout.answer_slots)
+    slots = {"prefix_slots": layout.prefix_slots, "answer_slots": layout.answer_slots}
+    return PairBatch(**arrays, **slots, longest=layout.longest if isinstance(layout, PackedShape) else None)

@@ -76,7 +76,8 @@ class PackedRows:
         self._sizes, self._tiles, self._traits, self._answers = np.delete(lengths, 1, axis=1), lengths[:, 1], traits, layout.answers
         _, _, _, pairs = split.shape
         self.sizes = (1,)  # as of rows that share no pictures: these share those of their device in every shape
-        last = PackedShape(pairs, layout.prefix_slots, layout.answer_slots, max(1, pairs * int(self._tiles.max())))
+        alone = (layout.prefix_slots, layout.answer_slots)
+        last = PackedShape(pairs, *alone, max(1, pairs * int(self._tiles.max())), alone)
         seen = [self._dealt(step) for step in range(max(1, min(TRIED_STEPS, TRIED_PAIRS // split.batch)))]
         sizes = np.stack([self._sizes[dealt].reshape(-1, pairs, self._sizes.shape[1]) for dealt in seen])
         shown = np.array([self._shown(dealt)[2] for dealt in seen])

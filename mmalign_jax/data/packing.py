@@ -31,12 +31,14 @@ class PackedShape:
       rows: of the device.
       prefix_slots, answer_slots: P and R of each row.
       tiles: pictures of the device, which its rows share.
+      longest: most slots of a pair's prefix, and of one of its answers.
     """
 
     rows: int
     prefix_slots: int
     answer_slots: int
     tiles: int
+    longest: tuple[int, int]
 
 
 Cost = Callable[[PackedShape], float]  # of the rows of a device, in any unit
@@ -157,7 +159,7 @@ def room_of(shape: PackedShape, parts: int) -> list[int]:
 
 def _spare(largest: PackedShape, last: PackedShape) -> PackedShape:
     wanted = np.array([largest.prefix_slots, largest.answer_slots], float)
-    return _shape(largest.rows, wanted, _SPARE, min(last.tiles, math.ceil(_SPARE * largest.tiles)))
+    return _shape(largest.rows, wanted, _SPARE, min(last.tiles, math.ceil(_SPARE * largest.tiles)), last)
 
 
 def _slots(shape: PackedShape, parts: int) -> int:
@@ -171,7 +173,7 @@ def _candidates(
     pairs, parts = sizes.shape[2:]
     ways = sorted({max(1, round(rows)) for rows in np.geomspace(1, pairs, _ROWS)} - {pairs})
     least = {rows: _least(sizes, rows) for rows in ways}
-    typical = {rows: cost(_shape(rows, least[rows].mean(axis=0), 1, 1)) for rows in ways}
+    typical = {rows: cost(_shape(rows, least[rows].mean(axis=0), 1, 1, last)) for rows in ways}
     for rows in sorted(ways, key=typical.__getitem__)[:_PROMISING]:
         known: dict[PackedShape, np.ndarray] = {}
         for share, tile_share in itertools.product(_SHARES, {0.95, 1.0}):
@@ -179,7 +181,7 @@ def _candidates(
             shown = int(np.ceil(np.quantile(tiles, max(share, tile_share))))
             held = np.zeros(len(sizes), bool)
             for slack in _SLACK:
-                shape = _shape(rows, wanted, slack, shown)
+                shape = _shape(rows, wanted, slack, shown, last)
                 if shape.tiles > last.tiles or cost(shape) >= cost(last):
                     break
                 if shape in known:
@@ -202,6 +204,6 @@ def _least(sizes: Int[np.ndarray, "steps groups pairs parts"], rows: int) -> Flo
     return np.stack([least[:, 0], least[:, 1:].max(axis=1)], axis=1)
 
 
-def _shape(rows: int, wanted: Float[np.ndarray, " 2"], slack: float, tiles: int) -> PackedShape:
+def _shape(rows: int, wanted: Float[np.ndarray, " 2"], slack: float, tiles: int, last: PackedShape) -> PackedShape:
     prefix, answer = (int(-(-slots * slack // _MULTIPLE)) * _MULTIPLE for slots in wanted)
-    return PackedShape(rows, prefix, max(answer, _MULTIPLE), max(1, tiles))
+    return PackedShape(rows, prefix, max(answer, _MULTIPLE), max(1, tiles), last.longest)

@@ -29,22 +29,19 @@ class Attention:
         if self.setting not in SETTINGS:
             raise ValueError(f"unknown attention {self.setting!r}; there are {', '.join(SETTINGS)}")
 
-    def of(self, config: DecoderConfig, dtype: str, regions: Regions, *, several: bool = False) -> str:
+    def of(self, config: DecoderConfig, dtype: str, regions: Regions) -> str:
         """The implementation, one of `IMPLEMENTATIONS`, for rows with these regions.
-
-        Args:
-          several: rows hold several pairs.
 
         Raises:
           UserError: `setting` names one that cannot compute these rows, and why.
         """
         if self.setting == "auto":
-            return "splash" if dtype == "bfloat16" and not self.problem("splash", config, dtype, regions, several=several) else "blocks"
-        if problem := self.problem(self.setting, config, dtype, regions, several=several):
+            return "splash" if dtype == "bfloat16" and not self.problem("splash", config, dtype, regions) else "blocks"
+        if problem := self.problem(self.setting, config, dtype, regions):
             raise UserError(f"config.model.attention: {self.setting} {problem}; auto or blocks can")
         return self.setting
 
-    def problem(self, name: str, config: DecoderConfig, dtype: str, regions: Regions, *, several: bool = False) -> str:
+    def problem(self, name: str, config: DecoderConfig, dtype: str, regions: Regions) -> str:
         """Why an implementation cannot compute these rows, "" where it can."""
         if name == "blocks":
             return ""
@@ -53,9 +50,9 @@ class Attention:
         if config.bidirectional == "image":
             return "knows masks that are the same for all rows, and this model's images see themselves in both directions wherever they are"
         if window_binds(config, regions):
-            slots = regions.prefix + regions.answer
+            slots = sum(regions.reach)
             return f"cannot count a window of {config.sliding_window} positions over padding, and a prefix and an answer have {slots} slots"
-        if name == "cudnn" and several:
+        if name == "cudnn" and regions.longest is not None:
             return "makes one causal sequence of an answer and the whole prefix before it, and rows hold several pairs (config.data.packed)"
         return "" if name == "splash" else _cudnn_problem(config, dtype)
 
@@ -75,4 +72,4 @@ def _cudnn_problem(config: DecoderConfig, dtype: str) -> str:
 def window_binds(config: DecoderConfig, regions: Regions) -> bool:
     """Whether some layer has a window that hides something: a prefix and an answer are more positions than it spans."""
     windowed = config.sliding_window is not None and (not config.local_layers or any(config.local_layers))
-    return windowed and regions.prefix + regions.answer > config.sliding_window
+    return windowed and sum(regions.reach) > config.sliding_window

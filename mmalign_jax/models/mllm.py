@@ -87,17 +87,18 @@ class Mllm:
 
     def hidden(self, params: dict, features: Float[Array, "I F U"], batch: PairBatch) -> Float[Array, "B T D"]:
         """Last hidden states of packed rows; image features land where `image_index` and `picture` say."""
-        how = self.attention_of(batch.prefix_slots, batch.answer_slots, several=batch.segment is not None)
+        how = self.attention_of(batch.prefix_slots, batch.answer_slots, batch.longest)
         with jax.named_scope("decoder"):
             return self._decode_rows(params, features, batch, Decoder(self.config.decoder, self.remat), how)[0]
 
-    def attention_of(self, prefix_slots: int, answer_slots: int, *, several: bool = False) -> str:
-        """The implementation that computes `hidden` of rows with so many slots, of one pair or `several`, see `models.implementation`.
+    def attention_of(self, prefix_slots: int, answer_slots: int, longest: tuple[int, int] | None = None) -> str:
+        """The implementation that computes `hidden` of rows with so many slots, and in rows of several pairs with so many of a pair at most; see
+        `models.implementation`.
 
         Raises:
           UserError: the one that `attention` asks for cannot.
         """
-        return self.attention.of(self.config.decoder, self.dtype, self._regions(prefix_slots, answer_slots), several=several)
+        return self.attention.of(self.config.decoder, self.dtype, self._regions(prefix_slots, answer_slots, longest))
 
     def attention_to_images(
         self, params: dict, features: Float[Array, "B F U"], batch: PairBatch, image: Int[Array, "B P"], count: int
@@ -200,8 +201,8 @@ class Mllm:
         with jax.named_scope("score_head"):
             return scores(params["score_head"], hidden)
 
-    def _regions(self, prefix_slots: int, answer_slots: int) -> Regions:
-        return Regions(prefix_slots, answer_slots, causal=self.config.decoder.bidirectional == "none")
+    def _regions(self, prefix_slots: int, answer_slots: int, longest: tuple[int, int] | None) -> Regions:
+        return Regions(prefix_slots, answer_slots, self.config.decoder.bidirectional == "none", longest)
 
     def _decode_rows(
         self, params: dict, features: Array, batch: PairBatch, decoder: Decoder, implementation: str,
@@ -215,7 +216,7 @@ class Mllm:
             hidden = {"visible": visible, "images_see_all": images_see_all, "segment": batch.segment}
             return packed_mask(batch.role, batch.positions, image, window=window, bidirectional=c.bidirectional, **hidden)
 
-        regions = self._regions(batch.prefix_slots, batch.answer_slots)
+        regions = self._regions(batch.prefix_slots, batch.answer_slots, batch.longest)
         if implementation == "blocks":
             masks = Masks(None if local.all() else mask(None), mask(c.sliding_window) if local.any() else None, regions)
         else:

@@ -21,14 +21,11 @@ def answer_sums(values: Float[Array, "C K R"], batch: PairBatch) -> Float[Array,
     return _of_pairs(jnp.sum(jnp.where(own, values[..., None], 0.0), axis=2).swapaxes(1, 2), batch.place)
 
 
-def one_a_row(batch: PairBatch, prefix_slots: int, answer_slots: int) -> PairBatch:
-    """The same pairs `[B]`, each in a row of its own, which shares its device's pictures.
-
-    Args:
-      prefix_slots, answer_slots: P and R of these rows; enough for every pair.
-    """
+def one_a_row(batch: PairBatch) -> PairBatch:
+    """The same pairs `[B]`, each in a row of its own, as long as the longest takes, which shares its device's pictures."""
     if batch.place is None:
         return batch
+    prefix_slots, answer_slots = batch.longest
     pairs = batch.place.shape[-1]
     answers, (p, r) = batch.answers, (batch.prefix_slots, batch.answer_slots)
     regions = [(PREFIX, 0, p, prefix_slots)]
@@ -52,7 +49,7 @@ def one_a_row(batch: PairBatch, prefix_slots: int, answer_slots: int) -> PairBat
 
     found = {name: moved(name, value) for name in BY_SLOT if name != "segment" and (value := getattr(batch, name)) is not None}
     picture = jnp.zeros_like(batch.place)
-    slots = {"prefix_slots": prefix_slots, "answer_slots": answer_slots}
+    slots = {"prefix_slots": prefix_slots, "answer_slots": answer_slots, "longest": None}
     return dataclasses.replace(batch, **found, **slots, segment=None, place=None, picture=picture)
 
 

@@ -87,9 +87,11 @@ def static_mask(regions: Regions, slots: int, padded: int) -> Bool[np.ndarray, "
     part = np.where(slot < regions.prefix, 0, 1 + (slot - regions.prefix) // max(regions.answer, 1))
     part = np.where(slot < slots, part, -1)
     query, key = part[:, None], part[None, :]
-    earlier = slot[None, :] <= slot[:, None]
-    allowed = earlier & ((query == key) | ((key == 0) & (query > 0)))
-    return allowed if regions.causal else allowed | ((query == 0) & (key == 0))
+    apart = slot[:, None] - slot[None, :]
+    # in rows of several pairs, what is further apart within a region is of two of them
+    near = np.where(query == 0, np.abs(apart) < regions.reach[0], (query < 0) | (apart < regions.reach[1]))
+    allowed = (apart >= 0) & (((query == key) & near) | ((key == 0) & (query > 0)))
+    return allowed if regions.causal else allowed | ((query == 0) & (key == 0) & near)
 
 
 @functools.cache

@@ -68,7 +68,7 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
     theirs = 2 if work.reference else 0
     passes = 2 + backward + theirs
 
-    regions = Regions(batch.prefix_slots, batch.answer_slots, causal=c.bidirectional == "none")
+    regions = Regions(batch.prefix_slots, batch.answer_slots, c.bidirectional == "none", batch.longest)
 
     def decoder(answers: int, passes: int) -> float:
         slots = batch.prefix_slots + answers * batch.answer_slots

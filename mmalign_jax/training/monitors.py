@@ -27,13 +27,11 @@ Metrics = dict[str, Float[Array, ""]]
 class Monitor:
     """Makes the measurements; `options` says how the policy's own answers are drawn (temperature 1, so that they are samples of it).
 
-    Args:
-      slots: of the prefix and of an answer, enough for every pair; pairs that share a row are given rows of their own, with so many.
+    Pairs that share a row are given rows of their own first.
     """
 
     model: Mllm
     options: DecodeOptions
-    slots: tuple[int, int] = (0, 0)
 
     def jitted(self) -> Callable[[dict, dict, dict | None, PairBatch, Array], Metrics]:
         """`(params, frozen, reference, batch [A, B, ...], key) -> metrics` over the first of the batch's parts."""
@@ -55,7 +53,7 @@ class Monitor:
         Args:
           reference: the reference's own copies of trainable leaves; without one, scores are mean log-probs and no divergence is measured.
         """
-        batch, policy = one_a_row(batch, *self.slots), Side(self.model, union(params, frozen))
+        batch, policy = one_a_row(batch), Side(self.model, union(params, frozen))
         theirs = None
         if reference is not None:
             model = self.model if split(reference, is_factor)[0] else self.model.without_adapter()

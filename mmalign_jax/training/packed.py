@@ -22,7 +22,7 @@ def packed_flops(config: MllmConfig, shape: PackedShape, answers: int, *, work: 
     side = config.vision.image_size
     slots = jax.ShapeDtypeStruct((1, shape.rows, shape.prefix_slots + answers * shape.answer_slots), np.int32)
     images, one = jax.ShapeDtypeStruct((1, 1, shape.tiles, side, side, 3), np.uint8), jax.ShapeDtypeStruct((1, shape.rows), np.float32)
-    sizes = {"prefix_slots": shape.prefix_slots, "answer_slots": shape.answer_slots}
+    sizes = {"prefix_slots": shape.prefix_slots, "answer_slots": shape.answer_slots, "longest": shape.longest}
     return step_flops(config, PairBatch(slots, slots, slots, images, slots, slots, one, one, **sizes), work=work, freeze=freeze)
 
 
@@ -39,11 +39,11 @@ def cost_of(config: MllmConfig, processor: RowProcessor, answers: int, *, work: 
     return lambda shape: packed_flops(config, shape, answers, work=work, freeze=freeze)
 
 
-def in_words(found: Chosen, answers: int, attention_of: Callable[[int, int], str]) -> Iterator[str]:
+def in_words(found: Chosen, answers: int, attention_of: Callable[[int, int, tuple[int, int]], str]) -> Iterator[str]:
     """Lines that say how full the rows are, and what they save.
 
     Args:
-      attention_of: slots of a row's prefix and of an answer -> what computes its attention.
+      attention_of: `Mllm.attention_of`.
     """
     one = found.shapes[-1]
     yield (
@@ -51,7 +51,7 @@ def in_words(found: Chosen, answers: int, attention_of: Callable[[int, int], str
         f"of one pair ({one.prefix_slots} + {answers} x {one.answer_slots} tokens)"
     )
     for shape, used in zip(found.shapes, found.used, strict=True):
-        how = attention_of(shape.prefix_slots, shape.answer_slots)
+        how = attention_of(shape.prefix_slots, shape.answer_slots, shape.longest)
         pictures = f"{shape.tiles} picture{'s' * (shape.tiles != 1)}"
         size = f"{shape.rows} row{'s' * (shape.rows != 1)} of {shape.prefix_slots} + {answers} x {shape.answer_slots} tokens, {pictures}"
         yield f"  {size}: {used:.0%} of the steps; attention by {how}"

@@ -102,7 +102,8 @@ def test_pairs_are_dealt_evenly():
 def test_shapes_hold_what_they_say_and_each_saves_enough():
     sizes = np.random.default_rng(3).lognormal(3, 0.8, (16, 2, 8, 3)).astype(int) + 1
     tiles = np.random.default_rng(4).integers(2, 9, 16)
-    last = PackedShape(8, int(sizes[..., 0].max()) + 1, int(sizes[..., 1:].max()) + 1, 16)
+    longest = int(sizes[..., 0].max()) + 1, int(sizes[..., 1:].max()) + 1
+    last = PackedShape(8, *longest, 16, longest)
     found = choose(sizes, tiles, last, cost)
     assert found.shapes[-1] == last and 1 < len(found.shapes) <= packing.MOST_SHAPES + 1 and sum(found.used) == pytest.approx(1)
     assert [cost(shape) for shape in found.shapes] == sorted(map(cost, found.shapes))
@@ -154,7 +155,7 @@ def test_what_begins_has_the_shape_of_what_comes_and_a_run_goes_on_either_way():
 
 
 def test_a_step_that_fits_no_shape_takes_a_row_a_pair(monkeypatch):
-    few = lambda sizes, tiles, last, cost: Chosen((PackedShape(1, 168, 120, 7), last), (1.0, 0.0), 0.1, 1.0, 2.0)  # noqa: E731
+    few = lambda sizes, tiles, last, cost: Chosen((PackedShape(1, 168, 120, 7, last.longest), last), (1.0, 0.0), 0.1, 1.0, 2.0)  # noqa: E731
     monkeypatch.setattr(packed_rows, "choose", few)
     batches = list(itertools.islice(loader(), 8))
     assert {batch.tokens.shape[1:] for batch in batches} == {(2, 408), (16, PLAN.layout.tokens)}

@@ -54,7 +54,7 @@ def test_the_kernel_gives_what_blocks_give(monkeypatch, regions, changes, width,
 @pytest.mark.parametrize("causal", [True, False])
 def test_segments_keep_the_pairs_of_a_row_apart(monkeypatch, causal):
     monkeypatch.setattr(splash, "block_size", lambda regions, slots: (128, 384))
-    regions, c = dataclasses.replace(REGIONS, causal=causal), config(head_width=64)
+    regions, c = dataclasses.replace(REGIONS, causal=causal, longest=(90, 55)), config(head_width=64)
     qkv, role, positions = rows(regions, ((150, 70, 70), (140, 60, 65)), 64)
     # each region holds the parts of two pairs, cut at other places
     segment, place = np.zeros(role.shape, int), np.array(positions)

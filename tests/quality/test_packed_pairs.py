@@ -119,7 +119,8 @@ def test_packed_pairs_have_the_gradients_of_separate_rows(tiny, reference, every
 
 def test_a_pair_in_a_row_of_its_own_is_what_it_was(tiny):
     packed, alone = map(first, batches(tiny))
-    back = quick_jit(lambda batch: one_a_row(batch, alone.prefix_slots, alone.answer_slots))(packed)
+    back = quick_jit(one_a_row)(packed)
+    assert (back.prefix_slots, back.answer_slots) == (alone.prefix_slots, alone.answer_slots)
     assert back.segment is None and back.place is None and back.tokens.shape == alone.tokens.shape
     for name in ("tokens", "role", "positions", "token_weight"):
         np.testing.assert_array_equal(by_pair(back, getattr(back, name)), by_pair(alone, getattr(alone, name)), err_msg=name)

@@ -80,13 +80,16 @@ def test_pictures_that_rows_share_count_once():
 
 def test_rows_of_several_pairs_count_as_rows():
     """And their pictures once, however they are spread over the rows."""
-    shape = PackedShape(rows=3, prefix_slots=2000, answer_slots=400, tiles=7)
+    shape = PackedShape(rows=3, prefix_slots=2000, answer_slots=400, tiles=7, longest=(2000, 400))
     found = packed_flops(SIZES, shape, 2, work=Work(True), freeze=TOWER)
     text = flops(batch(3, 2000, 400, images=0))
     np.testing.assert_allclose(found - text, 7 * (flops(batch(1)) - flops(batch(1, images=0))), rtol=1e-6)
     # the slots of one long row are more work than those of two short ones: it is attention that grows
-    half = packed_flops(SIZES, PackedShape(6, 1000, 200, 7), 2, work=Work(True), freeze=TOWER)
+    half = packed_flops(SIZES, PackedShape(6, 1000, 200, 7, (1000, 200)), 2, work=Work(True), freeze=TOWER)
     assert half < found < 1.2 * half
+    # what is too far apart to be of one pair is not computed
+    near = packed_flops(SIZES, dataclasses.replace(shape, longest=(500, 100)), 2, work=Work(True), freeze=TOWER)
+    assert half < near < found
 
 
 def test_mfu_is_not_guessed_for_an_unknown_device():
