@@ -18,7 +18,7 @@ TRIED_PAIRS, TRIED_STEPS = 8192, 128  # of the training order, to find the shape
 _MULTIPLE = 8  # as `data.plan` rounds
 # Shapes that are tried: room for what this share of the steps needs at least, and for so much more, since no packing is perfect
 _SHARES, _SLACK = (0.3, 0.6, 0.85, 1.0), (1.0, 1.03, 1.06, 1.1, 1.15, 1.25)
-_ROWS, _PROMISING = 12, 3  # numbers of rows that are looked at, and that are tried
+_ROWS, _PROMISING, _ALIKE = 24, 4, 0.2  # numbers of rows that are looked at, and that are tried; those of a ratio below exp(0.2) are alike
 _SPARE = 1.2  # room of a shape for steps that need more than all that were looked at; without it each of these would take a row a pair
 _ROUNDING = 1e-9  # of sums of shares of a row, each a multiple of 1 / its slots
 
@@ -171,10 +171,14 @@ def _candidates(
 ) -> Iterator[tuple[PackedShape, Bool[np.ndarray, " steps"]]]:
     """Shapes, and which steps they hold."""
     pairs, parts = sizes.shape[2:]
-    ways = sorted({max(1, round(rows)) for rows in np.geomspace(1, pairs, _ROWS)} - {pairs})
+    ways = sorted({max(1, round(rows)) for rows in (*np.geomspace(1, pairs, _ROWS), *(pairs / few for few in range(2, 9)))} - {pairs})
     least = {rows: _least(sizes, rows) for rows in ways}
     typical = {rows: cost(_shape(rows, least[rows].mean(axis=0), 1, 1, last)) for rows in ways}
-    for rows in sorted(ways, key=typical.__getitem__)[:_PROMISING]:
+    unlike: list[int] = []
+    for rows in sorted(ways, key=typical.__getitem__):
+        if all(abs(math.log(rows / other)) > _ALIKE for other in unlike):
+            unlike.append(rows)
+    for rows in unlike[:_PROMISING]:
         known: dict[PackedShape, np.ndarray] = {}
         for share, tile_share in itertools.product(_SHARES, {0.95, 1.0}):
             wanted = np.quantile(least[rows], share, axis=0)
