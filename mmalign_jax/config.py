@@ -89,6 +89,9 @@ class DataConfig:
         help="by_image: rows that show the same pictures follow one another in training, so that a step encodes these once",
     )
     buckets: int = setting(0, min=0, max=32, help="row shapes in training, each compiled once; 0: 4 where pictures have any size, else 1")
+    packed: bool = setting(
+        False, help="several pairs share a row in training, so that little of it is empty; for sets of text, or of rows with and without pictures"
+    )
     workers: int = setting(4, min=0, help="threads that read and decode")
 
 
@@ -233,6 +236,11 @@ class ObjectiveConfig:
     def other_pictures(self) -> str:
         """Which pictures beside a row's own the objective sees, in words; "" where there are none."""
         return self._built.other_pictures
+
+    @property
+    def alone(self) -> tuple[str, ...]:
+        """What it reads that rows of several pairs do not have, in words."""
+        return self._built.alone
 
     @property
     def of_samples(self) -> bool:

@@ -49,12 +49,39 @@ def check_across(config: Config) -> None:
             f"config.data.order: {config.objective.name} goes by statistics of all rows of a step, which would be those of few pictures; leave it at "
             "shuffled"
         )
+    _check_packed(config)
     if config.eval.holdout_every and not config.data.holdout:
         raise UserError("config.eval.holdout_every: no pairs are held out; set config.data.holdout")
     if config.auxiliary.holdout:
         raise UserError("config.auxiliary.holdout: only pairs of config.data are held out; leave it 0")
     if config.model.init and config.model.path:
         raise UserError("config.model.path: a run that starts from config.model.init reads no model; leave one of the two empty")
+
+
+def _check_packed(config: Config) -> None:
+    """What goes with rows of several pairs, and what does not."""
+    if config.auxiliary.packed:
+        raise UserError("config.auxiliary.packed: only rows of config.data are packed; leave it out")
+    if not config.data.packed:
+        return
+    if config.data.buckets > 1:
+        raise UserError(f"config.data.packed: it takes the place of buckets, and config.data.buckets is {config.data.buckets}; use one of the two")
+    if config.data.order != "shuffled":
+        raise UserError(
+            "config.data.packed: pairs are dealt to devices by their length, which parts those of a picture; leave config.data.order at shuffled"
+        )
+    if config.objective.alone:
+        reads = " and ".join(config.objective.alone)
+        raise UserError(f"config.data.packed: {config.objective.name} reads {reads}, which rows of several pairs do not have; leave it off")
+    if config.pairs.maker != "none" and config.pairs.when == "online":
+        raise UserError("config.data.packed: the lengths of pairs that are made online (config.pairs.when) are not known beforehand; leave it off")
+    if config.features.cache:
+        raise UserError("config.data.packed: pairs that share a row bring pictures, not what config.features.cache keeps of them; use one of the two")
+    if config.model.attention == "cudnn":
+        raise UserError(
+            "config.data.packed: cuDNN's attention makes one causal sequence of an answer and all of the prefix before it; set "
+            "config.model.attention to auto"
+        )
 
 
 def _check_samples(config: Config) -> None:

@@ -43,11 +43,13 @@ from mmalign_jax.sampling import DecodeOptions
 from mmalign_jax.scenes.model import write_initial
 from mmalign_jax.scenes.splits import ORIGIN
 from mmalign_jax.training.cached_reference import CachedReference
+from mmalign_jax.training.flops import Work
 from mmalign_jax.training.held_out import HeldOut
 from mmalign_jax.training.kept_features import KeptFeatures
 from mmalign_jax.training.loop import Batches, Trained, train
 from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.monitors import Monitor
+from mmalign_jax.training.packed import cost_of, in_words
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import FORMS, PairBatch, TrainState
@@ -215,7 +217,7 @@ class _Run:
         cache = Path(c.reference.cache) if c.reference.cache else self.workdir / run_files.REFERENCE
         features = self.features and self.features(records, plan)
         extras = self._extras(records, plan, self.loss, cache, features)
-        return self._with_auxiliary(_Offline(self._loader(records, plan, c.data.order, extras, features))), plan
+        return self._with_auxiliary(_Offline(self._loader(records, plan, c.data.order, extras, features, packed=c.data.packed))), plan
 
     def _plan(self, records: Records) -> RowPlan:
         objective = self.objective
@@ -285,13 +287,20 @@ class _Run:
         return self._with_auxiliary(batches)
 
     def _loader(
-        self, records: Records, plan: RowPlan, order: str, extras: Sequence[Extra] = (), features: RowFeatures | None = None
-    ) -> Loader:
-        """The loader of a set. Where rows of a device share pictures, it is said how many are encoded."""
+        self, records: Records, plan: RowPlan, order: str, extras: Sequence[Extra] = (), features: RowFeatures | None = None,
+        packed: bool = False,
+    ) -> Loader:  # fmt: skip
+        """The loader of a set. Where rows of a device share pictures, it is said how many are encoded; where pairs share rows, what that saves."""
         c, mesh, (index, count) = self.config, self.policy.mesh, process_slice(self.policy.mesh)
         options = {"batch_size": c.train.batch_size, "accumulate": c.train.accumulate, "seed": c.train.seed, "workers": c.data.workers}
         options |= {"process_index": index, "process_count": count, "devices": mesh_lib.batch_divisor(mesh) // count, "order": order}
-        loader = make_loader(records, self.policy.processor, plan, **options, extras=extras, features=features)
+        processor, sizes, answers = self.policy.processor, self.policy.sizes, plan.layout.answers
+        work = Work.of(self.objective, live_reference=self.reference.kind in ("live", "adapter_off", "ema"))
+        cost = cost_of(sizes, processor, answers, work=work, freeze=Trainable.of(c, sizes).frozen) if packed else None
+        loader = make_loader(records, processor, plan, **options, extras=extras, features=features, packed=cost)
+        if loader.packing is not None:
+            for line in in_words(loader.packing, answers, self.policy.model.attention_of):
+                self.console.line(line)
         if len(loader.sizes) > 1:
             sizes, done = " or ".join(map(str, loader.sizes)), "encoded" if features is None else "read"
             self.console.line(f"Rows share their pictures: those of {sizes} rows are {done} for the {loader.sizes[-1]} rows of a device")

@@ -13,6 +13,7 @@ Letters used in jaxtyping annotations throughout the package:
   A  accumulation steps                           Q  patches of a row's pictures, when they have any size
   U  width of an image feature: D, or (1 + J) D with J layers of DeepStack
   I  sets of pictures, each the pictures of a row: B, or fewer where rows share theirs
+  C  packed rows, which hold several of B pairs each
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 PAD, PREFIX, FIRST_ANSWER = 0, 1, 2
 
 # Fields of a `PairBatch` whose last axis is the row's slots.
-BY_SLOT = ("tokens", "role", "positions", "image_index", "token_weight", "mrope", "changed", "reference_logps", "drawn_logps")
+BY_SLOT = ("tokens", "role", "positions", "image_index", "token_weight", "mrope", "changed", "reference_logps", "drawn_logps", "segment")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +218,10 @@ class PairBatch:
 
     Where rows share their pictures, `images`, `patches` and `features` hold each set of them once, and `picture` says which one a row shows.
     Rows come in as many equal groups as `picture` has, one a device, sets of pictures likewise, and a row's is of its own group.
+
+    Where a row holds several pairs (`data.packing`), arrays by token have C rows in the place of B, and each region holds the parts of the row's
+    pairs one behind the other. `segment` says which pair of its row a token belongs to; it sees no other, and positions start with each pair. What
+    belongs to a pair has length B still, in `place`'s order; groups are as above, and a group's rows show one set of pictures.
     """
 
     tokens: Int[Array, "*A B T"]
@@ -229,6 +234,8 @@ class PairBatch:
     margin: Float[Array, "*A B"]
     prefix_slots: int = dataclasses.field(metadata={"static": True})
     answer_slots: int = dataclasses.field(metadata={"static": True})
+    longest: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})  # of rows with several pairs: most slots of a
+    # pair's prefix, and of one of its answers
     patches: Patches | None = None
     mrope: Int[Array, "*A B 3 T"] | None = None
     weight: Float[Array, "*A B"] | None = None  # of the pair in the loss; None: 1
@@ -242,6 +249,8 @@ class PairBatch:
     sampled: Sampled | None = None  # where the answers are a group of samples
     picture: Int[Array, "*A groups rows"] | None = None  # place among the sets of pictures of the row's group; None: each row has its own
     features: Float[Array, "*A I G Z"] | None = None  # of a frozen tower, in the type that it is computed in; `images` are not there then
+    segment: Int[Array, "*A C T"] | None = None  # number of a token's pair within its row, -1 off all pairs; None: a row is a pair
+    place: Int[Array, "*A groups pairs"] | None = None  # of each pair of a group: the number of its row there times `pairs`, plus its segment
     drawn_logps: Float[Array, "*A B T"] | None = None  # by the sampler, of tokens that were drawn for this step; NaN elsewhere
 
     @property

@@ -4,7 +4,8 @@
 
 Lengths are drawn, nothing is computed. The step is DPO with a live reference and a frozen tower. A row of several pairs is counted in its
 favour: every pair takes its own tokens and sees only itself, pictures, logits and bookkeeping are without padding, the fit is the best over the
-whole set, and what is empty costs the decoder's linears alone.
+whole set, and what is empty costs the decoder's linears alone. What `data.packed` leaves beside that is computed as a run does it, for so many pairs
+on each of so many devices: shapes, dealing and fit are those of training, and slots and products are counted as they are computed.
 """
 
 import bisect
@@ -18,13 +19,16 @@ import numpy as np
 
 from mmalign_jax.data.buckets import split
 from mmalign_jax.data.layout import RowLayout, RowSize
+from mmalign_jax.data.packing import TRIED_PAIRS, TRIED_STEPS, Chosen, PackedShape, choose, deal
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.presets import preset
 from mmalign_jax.report.console import format_table
 from mmalign_jax.training.flops import Work, step_flops
+from mmalign_jax.training.packed import packed_flops
 from mmalign_jax.types import PairBatch
 
 PAIRS, BUCKETS = 4096, (1, 4, 8)  # of a set; most buckets that are tried
+SPLITS = ((8, 8), (64, 1))  # pairs of a device and part of a step, and how many devices there are
 SLOTS = (4096, 8192, 16384)  # of a row of several pairs; the best of these counts
 _TEMPLATE = 20  # tokens around a prompt
 _MULTIPLE = 8  # as `data.plan` rounds
@@ -84,7 +88,7 @@ SETS = (
 class Found:
     """Of a set, by number of buckets: the share of slots that is empty, and FLOPs relative to no padding.
 
-    `packed` is that of rows of `slots` slots with several pairs.
+    `packed` is that of rows of `slots` slots with several pairs, `ours` of those that training makes, by how pairs are split.
     """
 
     empty: dict[int, float]
@@ -92,14 +96,21 @@ class Found:
     slots: int
     packed_empty: float
     packed: float
+    ours: dict[tuple[int, int], tuple[float, float]]  # (share that is empty, FLOPs)
 
     def saved(self, buckets: int) -> float:
         """Share of the FLOPs with so many buckets that rows of several pairs would save at most."""
         return 1.0 - self.packed / self.flops[buckets]
 
 
-def analyse(sizes: Sequence[RowSize], model: MllmConfig, buckets: Sequence[int] = BUCKETS, slots: Sequence[int] = SLOTS) -> Found:
-    """Args: slots: of a row of several pairs; those that hold the longest pair are tried."""
+def analyse(
+    sizes: Sequence[RowSize],
+    model: MllmConfig,
+    buckets: Sequence[int] = BUCKETS,
+    slots: Sequence[int] = SLOTS,
+    splits: Sequence[tuple[int, int]] = (),
+) -> Found:
+    """Args: slots: of a row of several pairs; those that hold the longest pair are tried. splits: see `SPLITS`."""
 
     @functools.cache
     def flops(prefix: int, answer: int, tiles: int) -> float:
@@ -117,7 +128,25 @@ def analyse(sizes: Sequence[RowSize], model: MllmConfig, buckets: Sequence[int] 
     unused = {room: best_fit(lengths, room) for room in slots if room >= max(lengths)}
     best = min(unused, key=lambda room: sum(unused[room]))
     of_slot = flops(2, 1, 0) - flops(1, 1, 0)
-    return Found(empty, relative, best, sum(unused[best]) / (len(unused[best]) * best), 1.0 + sum(unused[best]) * of_slot / alone)
+    ours = {}
+    for pairs, devices in splits:
+        found = packed(sizes, model, pairs, devices)
+        ours[pairs, devices] = found.empty, found.mean / (alone / len(sizes) * pairs)
+    return Found(empty, relative, best, sum(unused[best]) / (len(unused[best]) * best), 1.0 + sum(unused[best]) * of_slot / alone, ours)
+
+
+def packed(sizes: Sequence[RowSize], model: MllmConfig, pairs: int, devices: int) -> Chosen:
+    """What training makes of steps of `pairs` pairs on each of `devices` devices, every epoch in another order."""
+    lengths, tiles = np.array([(size.prefix, *size.answers) for size in sizes]), np.array([size.images for size in sizes])
+    batch, random = pairs * devices, np.random.default_rng(0)
+    steps = max(1, min(TRIED_STEPS, TRIED_PAIRS // batch))
+    order = np.concatenate([random.permutation(len(sizes)) for _ in range(-(-steps * batch // len(sizes)))])
+    dealt = np.stack([numbers[deal(lengths[numbers], devices)] for numbers in order[: steps * batch].reshape(steps, batch)])
+    layout = _layout(sizes)
+    alone = (layout.prefix_slots, layout.answer_slots)
+    last = PackedShape(pairs, *alone, max(1, pairs * layout.images), alone)
+    flops = functools.partial(packed_flops, model, answers=2, work=Work(reference=True), freeze=("vision_tower",))
+    return choose(lengths[dealt], tiles[dealt].sum(axis=-1).max(axis=-1), last, flops)
 
 
 def best_fit(lengths: Sequence[int], slots: int) -> list[int]:
@@ -147,13 +176,15 @@ def main() -> None:
     """Prints the table."""
     rows = []
     for lengths in SETS:
-        found = analyse(lengths.sizes(PAIRS, seed=0), preset(lengths.model))
+        found = analyse(lengths.sizes(PAIRS, seed=0), preset(lengths.model), splits=SPLITS)
         cells = [f"{found.empty[most]:.0%}, {found.flops[most]:.2f}" for most in BUCKETS]
         saved = [f"{found.saved(most):.0%}" for most in BUCKETS]
-        rows.append((lengths.name, *cells, f"{found.packed_empty:.0%}, {found.packed:.2f} ({found.slots})", *saved))
+        ours = [f"{empty:.0%}, {flops:.2f}" for empty, flops in found.ours.values()]
+        rows.append((lengths.name, *cells, f"{found.packed_empty:.0%}, {found.packed:.2f} ({found.slots})", *saved, *ours))
     columns = [f"{most} bucket{'s' * (most > 1)}" for most in BUCKETS]
-    print("Share of slots that is empty, FLOPs relative to no padding; and FLOPs that rows of several pairs would save at most")
-    print(format_table(rows, ("image tokens", *columns, "several pairs", *(f"saves of {most}" for most in BUCKETS))))
+    print("Share of slots that is empty, FLOPs relative to no padding; FLOPs that rows of several pairs would save at most; and data.packed")
+    saves, splits = (f"saves of {most}" for most in BUCKETS), (f"packed, {pairs} x {devices}" for pairs, devices in SPLITS)
+    print(format_table(rows, ("image tokens", *columns, "several pairs", *saves, *splits)))
 
 
 if __name__ == "__main__":

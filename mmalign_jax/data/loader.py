@@ -4,6 +4,7 @@ The order of training rows is a function of the seed alone: step s holds rows [s
 (`buckets.TrainingOrder`) in which every epoch is its own shuffle, and batches run across epoch ends. Process p of n takes the p-th of n
 equal runs of rows of each part of a step. So the rows of a step, their order, and the saved state (how many rows are behind us), are the
 same for any number of processes. Pictures that several rows of a device show are read, decoded and handed over once (`shared_pictures`).
+Where several pairs share a row, "rows" here are pairs: a step has the same ones, dealt to devices by their length (`packed_rows`).
 """
 
 import dataclasses
@@ -18,8 +19,10 @@ import numpy as np
 from mmalign_jax.data.buckets import TrainingOrder
 from mmalign_jax.data.features import RowFeatures
 from mmalign_jax.data.layout import RowLayout, RowProcessor, lay_out_pictures, lay_out_tokens, tokenize
+from mmalign_jax.data.packed_rows import PackedPlace, PackedRows
+from mmalign_jax.data.packing import Chosen, Cost, PackedShape
 from mmalign_jax.data.plan import Records, RowPlan
-from mmalign_jax.data.shared_pictures import PICTURES, OwnRows, Place, Split, stack
+from mmalign_jax.data.shared_pictures import OwnRows, Place, Split, stack
 from mmalign_jax.errors import UserError
 from mmalign_jax.types import PairBatch
 
@@ -66,7 +69,7 @@ class _LayOut:
             row |= extra(number, layout)
         return {**row, "layout": self.layout_of[number]}
 
-    def at(self, place: Place) -> tuple[Place, dict[str, Any]]:
+    def at(self, place: Place | PackedPlace) -> tuple[Place | PackedPlace, dict[str, Any]]:
         return place, self(place.number, place.brings)
 
 
@@ -74,10 +77,13 @@ class Loader:
     """An endless iterator of `PairBatch` with numpy arrays `[A, b, ...]`, b the rows of this process in one of A parts of a step.
 
     `sizes`: for how many sets of pictures of a device there is a shape; the last is its number of rows, each with its own.
+    `packing`: of rows with several pairs, their shapes, and what these mean; None where a row is a pair.
     """
 
-    def __init__(self, rows: OwnRows, lay_out: _LayOut, split: Split, workers: int, identity: dict[str, Any]):
-        self._rows, self._layouts, self._split, self._workers = grain.MapDataset.source(rows).map(lay_out.at), lay_out.layouts, split, workers
+    def __init__(self, rows: OwnRows | PackedRows, lay_out: _LayOut, split: Split, workers: int, identity: dict[str, Any]):
+        self._own, self._rows, self._split, self._workers = rows, grain.MapDataset.source(rows).map(lay_out.at), split, workers
+        self.packing: Chosen | None = rows.chosen if isinstance(rows, PackedRows) else None
+        self._layouts: Sequence[RowLayout | PackedShape] = lay_out.layouts if self.packing is None else self.packing.shapes
         self._identity, self.sizes = identity, rows.sizes
         self._start(0)
 
@@ -98,16 +104,8 @@ class Loader:
         self._batches.start_prefetch()
         # all rows of a step have one layout, and what an extra adds to it is known when it has been made; the first row has its pictures with it
         place, row = self._rows[self._behind // self._split.processes]
-        layout = self._layouts[int(row.pop("layout"))]
-        parts, _, groups, rows = self._split.shape
-
-        def shape(value: Any, count: int) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((parts, groups * count, *np.shape(value)), np.asarray(value).dtype)
-
-        arrays = {name: jax.tree.map(lambda value, n=place.size if name in PICTURES else rows: shape(value, n), row[name]) for name in row}
-        if place.size < rows:
-            arrays["picture"] = jax.ShapeDtypeStruct((parts, groups, rows), np.int32)
-        return _of_arrays(arrays, layout)
+        number = int(row["layout"]) if self.packing is None else place.shape
+        return _batch({**self._own.form(place, row), "layout": np.array(number)}, self._layouts)
 
     def get_state(self) -> dict[str, int]:
         """What JSON can hold: the rows that all processes together have taken, and what the order depends on."""
@@ -129,7 +127,7 @@ class Loader:
     def _start(self, behind: int) -> None:
         self._behind, own = behind, self._split.batch // self._split.processes
         mine = self._rows[behind // self._split.processes :].to_iter_dataset(_read_options(self._workers, own))
-        self._batches = iter(mine.batch(own, batch_fn=stack))
+        self._batches = iter(mine.batch(own, batch_fn=self._own.stack))
 
 
 def make_loader(
@@ -147,6 +145,7 @@ def make_loader(
     devices: int = 0,
     order: str = "shuffled",
     features: RowFeatures | None = None,
+    packed: Cost | None = None,
 ) -> Loader:
     """The training loader over `plan.items`.
 
@@ -159,6 +158,8 @@ def make_loader(
       devices: of one process, that rows are split over; the rows of a device share pictures. 0: every row has its own.
       order: "shuffled", or "by_image": rows that show the same pictures follow one another.
       features: rows hold these in the place of pixels.
+      packed: what the rows of a device cost, by which the shapes of rows with several pairs are chosen; None: a row is a pair. The plan then has
+        one layout, and a process has devices.
 
     Raises:
       UserError: `accumulate * process_count` does not divide `batch_size`.
@@ -172,7 +173,11 @@ def make_loader(
     sequence = TrainingOrder(plan.buckets, batch_size, shuffle_seed, plan.pictures if by_image else None)
     numbers = lambda step: np.array([sequence[step * batch_size + row] for row in range(batch_size)])  # noqa: E731
     split = Split(batch_size, accumulate, process_count, devices)
-    rows = OwnRows(numbers, plan.pictures, split, process_index, tried=max(1, len(plan.items) // batch_size))
+    if packed is None:
+        rows = OwnRows(numbers, plan.pictures, split, process_index, tried=max(1, len(plan.items) // batch_size))
+    else:
+        known = (plan.lengths, plan.pictures, plan.buckets[0].layout, processor.traits)
+        rows = PackedRows(numbers, *known, split, process_index, packed)
     depends = b"".join(bucket.members.astype("<i8").tobytes() + b"|" for bucket in plan.buckets)
     depends += plan.pictures.astype("<i4").tobytes() if by_image else b""
     buckets = hashlib.sha256(depends).hexdigest()[:16]
@@ -269,10 +274,8 @@ def _read_options(workers: int, rows: int = 0) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=workers, prefetch_buffer_size=max(4 * workers, rows if workers else 0))
 
 
-def _batch(arrays: dict[str, Any], layouts: Sequence[RowLayout]) -> PairBatch:
+def _batch(arrays: dict[str, Any], layouts: Sequence[RowLayout | PackedShape]) -> PairBatch:
     """The batch of rows that were all laid out by one of the layouts, `arrays["layout"]`."""
-    return _of_arrays(arrays, layouts[int(arrays.pop("layout").flat[0])])
-
-
-def _of_arrays(arrays: dict[str, Any], layout: RowLayout) -> PairBatch:
-    return PairBatch(**{"images": None} | arrays, prefix_slots=layout.prefix_slots, answer_slots=layout.answer_slots)
+    layout = layouts[int(arrays.pop("layout").flat[0])]
+    slots = {"prefix_slots": layout.prefix_slots, "answer_slots": layout.answer_slots}
+    return PairBatch(**{"images": None} | arrays, **slots, longest=layout.longest if isinstance(layout, PackedShape) else None)

@@ -46,6 +46,7 @@ class RowPlan:
 
     `layout` holds every row; `buckets` are the layouts that training uses, each for its own rows.
     `pictures i32[n]` has equal numbers for rows that show the same pictures; -1 for rows of text.
+    `lengths i32[n, 2 + K]` are each row's tokens of the prefix, tiles, and tokens of each answer as it is laid out.
     `counts` holds `rows` (all that the records have), `kept`, and by name what happened to the others:
     `rows == kept + dropped_long + dropped_bad`; `shortened_answer` rows are kept.
     """
@@ -57,6 +58,7 @@ class RowPlan:
     padding_fraction: float  # share of the slots in the buckets that are empty, on average over rows
     buckets: tuple[Bucket, ...]
     pictures: np.ndarray
+    lengths: np.ndarray
     tokens: tuple[RowTokens, ...] | None = dataclasses.field(default=None, repr=False)  # of `items`, None when they are too many to keep
     reads: str = "prefs"
 
@@ -148,7 +150,8 @@ def plan_rows(
     padding = sum(len(bucket.members) * bucket.padding_fraction for bucket in buckets) / len(items)
     of_items = tuple(tokens[number] for number in kept) if room >= 0 else None
     items, pictures = np.array(items, np.int32).reshape(-1, 2), np.array([shown[number] for number in kept], np.int32)
-    return RowPlan(layout, items, counts, tuple(left_out), padding, buckets, pictures, of_items, reads)
+    lengths = np.array([(size.prefix, size.images, *(min(length, layout.answer_slots) for length in size.answers)) for size in sizes], np.int32)
+    return RowPlan(layout, items, counts, tuple(left_out), padding, buckets, pictures, lengths, of_items, reads)
 
 
 def _check_form(record: PreferenceRecord, reads: str, answers: int) -> None:

@@ -129,6 +129,22 @@ class OwnRows:
             size, rows,
         )  # fmt: skip
 
+    def stack(self, rows: Sequence[tuple[Place, dict[str, Any]]]) -> dict[str, Any]:
+        return stack(rows)
+
+    def form(self, place: Place, row: dict[str, Any]) -> dict[str, Any]:
+        """What `stack` makes of the rows of the step of which this is the first: shapes `[parts, ...]` and types."""
+        parts, _, groups, rows = self._split.shape
+
+        def shape(value: Any, count: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((parts, groups * count, *np.shape(value)), np.asarray(value).dtype)
+
+        own = {name: value for name, value in row.items() if name != "layout"}
+        arrays = {name: jax.tree.map(lambda value, n=place.size if name in PICTURES else rows: shape(value, n), own[name]) for name in own}
+        if place.size < rows:
+            arrays["picture"] = jax.ShapeDtypeStruct((parts, groups, rows), np.int32)
+        return arrays
+
     def _make(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         numbers = self._numbers(step)
         picture, brings, most = self._found(numbers)

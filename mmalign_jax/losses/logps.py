@@ -60,6 +60,8 @@ def answer_statistics(
     wanted: Collection[str] = (),
     reference: tuple[Float[Array, "B T _D"], Float[Array, "_D V"]] | None = None,
     allowed: Bool[Array, " V"] | Bool[np.ndarray, " V"] | None = None,
+    segment: Int[Array, "B T"] | None = None,
+    segments: int = 1,
 ) -> TokenStats:
     """Log-probs of the answer tokens of packed rows `[prefix | answer 1 | ... | answer K]` (`types.PairBatch`), and more of the same logits.
 
@@ -80,6 +82,8 @@ def answer_statistics(
       wanted: which of `STATISTICS` to compute.
       reference: the reference's hidden states and output kernel, for `kl`, of any width; cut off from differentiation.
       allowed: the tokens among which `argmax` is the likeliest; None for all.
+      segment: of rows with several pairs, the number of each token's, -1 off all of them: each pair's answers follow its own prefix. None: one pair.
+      segments: most pairs of a row.
 
     Raises:
       ValueError: the slots do not make up the row, an unknown statistic is wanted, or `kl` is without a reference.
@@ -99,7 +103,11 @@ def answer_statistics(
         mask = role[:, prefix_slots:] == answer_role
 
         def predicting(states: Float[Array, "B T D"]) -> Float[Array, "B KR D"]:
-            return jnp.where(mask[..., None], _predicting(states, role, prefix_slots, answers), 0)
+            if segment is None:
+                found = _predicting(states, role, prefix_slots, answers)
+            else:
+                found = jnp.take_along_axis(states, _predictors(role, segment, segments, prefix_slots, answer_slots)[..., None], axis=1)
+            return jnp.where(mask[..., None], found, 0)
 
         heads, states = (_gathered(head),), (predicting(hidden),)
         if "kl" in wanted:
@@ -131,6 +139,18 @@ def _predicting(hidden: Float[Array, "B T D"], role: Int[Array, "B T"], prefix_s
     branches = mesh.reshape(hidden[:, prefix_slots:], (rows, answers, -1, width), "batch", None, None, None)
     first = jnp.broadcast_to(last_prefix[:, None], (rows, answers, 1, width))
     return mesh.reshape(jnp.concatenate([first, branches[:, :, :-1]], axis=2), (rows, -1, width), "batch", None, None)
+
+
+def _predictors(
+    role: Int[Array, "B T"], segment: Int[Array, "B T"], segments: int, prefix_slots: int, answer_slots: int
+) -> Int[Array, "B KR"]:
+    """For each answer slot of rows with several pairs, the slot whose state predicts its token."""
+    slots = jnp.arange(role.shape[1])
+    own = (segment[:, None] == jnp.arange(segments)[:, None]) & (role == PREFIX)[:, None]
+    last = jnp.max(jnp.where(own, slots, 0), axis=-1)
+    here, before = segment[:, prefix_slots:], segment[:, prefix_slots - 1 : -1]
+    begins = (here != before) | ((slots[prefix_slots:] - prefix_slots) % answer_slots == 0)
+    return jnp.where(begins, jnp.take_along_axis(last, jnp.maximum(here, 0), axis=1), slots[prefix_slots:] - 1)
 
 
 def _gathered(head: Float[Array, "D V"]) -> Float[Array, "D V"]:

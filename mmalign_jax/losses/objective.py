@@ -13,6 +13,19 @@ from mmalign_jax.losses.stats import AnswerLogps, BranchStats
 from mmalign_jax.losses.terms import PerPair, Term, Terms
 
 Value = float | int | bool | str | tuple
+
+_ALONE = {
+    Need.OTHER_IMAGE: "answers under a corrupted image",
+    Need.NO_IMAGE: "answers without the image",
+    Need.SELF_REJECTED: "what the policy says under a corrupted image",
+    Need.MISMATCHED: "another row's answer behind each prompt",
+    Need.AUXILIARY: "rows of another data set",
+    Need.TOKENS: "log-probs by token",
+    Need.CHANGED: "which tokens differ between the answers",
+    Need.SAMPLED: "groups of samples",
+    Need.SCORES: "scores at the answers' ends",
+    Need.VALUES: "values before the answers' tokens",
+}
 State = dict[str, Float[Array, ""]]
 
 
@@ -46,6 +59,11 @@ class Objective:
     def goes_by_batch(self) -> bool:
         """Whether a row's loss depends on the other rows of its step."""
         return Need.BATCH in self.needs
+
+    @property
+    def alone(self) -> tuple[str, ...]:
+        """What it reads that rows of several pairs do not have (`PairBatch.segment`), in words; () where sums over answers' tokens do."""
+        return tuple(words for need, words in _ALONE.items() if need in self.needs)
 
     @property
     def of_samples(self) -> bool:

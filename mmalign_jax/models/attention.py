@@ -24,10 +24,12 @@ def packed_mask(
     bidirectional: str = "none",
     visible: Bool[Array, "B T"] | None = None,
     images_see_all: bool = False,
+    segment: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T T"]:
     """Who sees whom in a packed row: causal by position, and an answer sees the prefix and itself but no other answer.
 
     Args:
+      segment: `PairBatch.segment`, of rows with several pairs, none of which sees another.
       image: number of the image that a token is part of, -1 for text.
       window: counts positions back, not slots, so that every answer sees as far back as it would alone.
       bidirectional: `DecoderConfig.bidirectional`. The window bounds what an image sees of itself (Gemma 3), not what the prefix sees
@@ -44,6 +46,8 @@ def packed_mask(
     if bidirectional == "prefix":
         allowed |= (query == PREFIX) & (key == PREFIX)
     allowed &= branch
+    if segment is not None:
+        allowed &= segment[:, :, None] == segment[:, None, :]
     if visible is not None:
         seen = visible[:, None, :]
         allowed &= seen | (image >= 0)[:, :, None] if images_see_all else seen
@@ -110,33 +114,40 @@ class Regions:
     Args:
       prefix, answer: P and R, slots of the prefix and of one answer.
       causal: no slot of the prefix sees a later one.
+      longest: in rows of several pairs, most slots of a pair's prefix and of one of its answers: what is further apart is of two pairs.
     """
 
     prefix: int
     answer: int
     causal: bool
+    longest: tuple[int, int] | None = None
 
     @property
-    def prefix_blocks(self) -> list[tuple[int, int, int]]:
-        """(first query, end of queries, end of keys) of each block of the prefix."""
-        return _blocks(self.prefix, self.causal)
+    def reach(self) -> tuple[int, int]:
+        """Most slots of the prefix and of an answer of one pair."""
+        return self.longest or (self.prefix, self.answer)
 
     @property
-    def answer_blocks(self) -> list[tuple[int, int, int]]:
+    def prefix_blocks(self) -> list[tuple[int, int, int, int]]:
+        """(first query, end of queries, first key, end of keys) of each block of the prefix."""
+        return _blocks(self.prefix, self.reach[0], self.causal)
+
+    @property
+    def answer_blocks(self) -> list[tuple[int, int, int, int]]:
         """The same of an answer, counted from its beginning. It also sees the prefix."""
-        return _blocks(self.answer, True)
+        return _blocks(self.answer, self.reach[1], True)
 
     def products(self, answers: int) -> int:
         """Products of a query with a key that `attend` computes for a row and a head."""
-        of_prefix = sum((end - start) * seen for start, end, seen in self.prefix_blocks)
-        return of_prefix + answers * sum((end - start) * (self.prefix + seen) for start, end, seen in self.answer_blocks)
+        of_prefix = sum((end - start) * (seen - first) for start, end, first, seen in self.prefix_blocks)
+        return of_prefix + answers * sum((end - start) * (self.prefix + seen - first) for start, end, first, seen in self.answer_blocks)
 
 
-def _blocks(slots: int, causal: bool) -> list[tuple[int, int, int]]:
+def _blocks(slots: int, reach: int, causal: bool) -> list[tuple[int, int, int, int]]:
     """Many queries a block, so that products are large, and few, so that what a block need not see is left out."""
     size = max(128, -(-slots // 8))
     spans = [(start, min(start + size, slots)) for start in range(0, slots, size)]
-    return [(start, end, end if causal else slots) for start, end in spans]
+    return [(start, end, max(0, start - reach + 1), end if causal else min(slots, end + reach - 1)) for start, end in spans]
 
 
 def attend(
@@ -150,7 +161,8 @@ def attend(
     """Exact grouped-query attention of packed rows, a block of queries at a time; softmax in float32.
 
     A block of the prefix reads the keys up to its own end, an answer the prefix and itself: half of the prefix' products and those between
-    answers are not computed. Scores of one block exist at a time; the backward pass computes them again, so none are kept.
+    answers are not computed. In rows of several pairs, nor are those of slots of a region that are too far apart to be of one pair. Scores of one
+    block exist at a time; the backward pass computes them again, so none are kept.
 
     Args:
       mask: allows nothing outside of what `regions` says.
@@ -161,11 +173,11 @@ def attend(
     query, key, value = query.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
     block = jax.checkpoint(functools.partial(_attend_block, config), prevent_cse=False)  # no matter in a scan over layers
     mixed = []
-    for start, stop, seen in regions.prefix_blocks:
-        mixed.append(block(query[..., start:stop, :], key[:, :, :seen], value[:, :, :seen], mask[:, start:stop, :seen]))
-    for first in range(prefix, query.shape[3], max(answer, 1)):
-        for start, stop, seen in regions.answer_blocks:
-            here, own = slice(first + start, first + stop), slice(first, first + seen)
+    for start, stop, first, seen in regions.prefix_blocks:
+        mixed.append(block(query[..., start:stop, :], key[:, :, first:seen], value[:, :, first:seen], mask[:, start:stop, first:seen]))
+    for begin in range(prefix, query.shape[3], max(answer, 1)):
+        for start, stop, first, seen in regions.answer_blocks:
+            here, own = slice(begin + start, begin + stop), slice(begin + first, begin + seen)
             pair = lambda x, own=own: jnp.concatenate([x[:, :, :prefix], x[:, :, own]], axis=2)  # noqa: E731
             allowed = jnp.concatenate([mask[:, here, :prefix], mask[:, here, own]], axis=2)
             mixed.append(block(query[..., here, :], pair(key), pair(value), allowed))

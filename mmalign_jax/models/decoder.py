@@ -46,14 +46,15 @@ class LayerCache:
 class Masks:
     """Who sees whom, in full and in windowed layers; either is None where no layer needs it. `[B T T]`, or `[B S T]` of lanes.
 
-    `regions` are those of packed rows; lanes have none. Where these and `there`, the slots that are no padding, say all of it, a kernel
-    may compute the attention: `implementation`, see `models.implementation`.
+    `regions` are those of packed rows; lanes have none. Where these and `there`, the slots that are no padding, say all of it, and `segment` in rows
+    of several pairs, a kernel may compute the attention: `implementation`, see `models.implementation`.
     """
 
     full: Bool[Array, "B S T"] | None
     local: Bool[Array, "B S T"] | None
     regions: Regions | None = dataclasses.field(default=None, metadata={"static": True})
     there: Bool[Array, "B T"] | None = None
+    segment: Int[Array, "B T"] | None = None
     implementation: str = dataclasses.field(default="blocks", metadata={"static": True})
 
 
@@ -152,7 +153,7 @@ def _attend_rows(config: DecoderConfig, query: Float[Array, "B T H E"], own: Key
         return cudnn.attend(config, query, own.key, own.value, masks.there, masks.regions)
     from mmalign_jax.models import splash  # Pallas takes a while to import, and is wanted on TPUs only
 
-    return splash.attend(config, query, own.key, own.value, masks.there, masks.regions)
+    return splash.attend(config, query, own.key, own.value, masks.there, masks.regions, masks.segment)
 
 
 def put(tails: Float[Array, "*L B S G X E"], new: Float[Array, "*L B S G E"], index: Int[Array, ""] | Int[Array, " B"]) -> Array:

@@ -28,9 +28,9 @@ def image_mass(
     query = mesh.reshape(query, (*query.shape[:2], key.shape[2], -1, query.shape[3]), "batch", None, "kv_heads", None, None)
     query, key = query.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2)
     out = []
-    for first in range(prefix, query.shape[3], max(answer, 1)):
-        for start, stop, seen in regions.answer_blocks:
-            here, own = slice(first + start, first + stop), slice(first, first + seen)
+    for begin in range(prefix, query.shape[3], max(answer, 1)):
+        for start, stop, first, seen in regions.answer_blocks:
+            here, own = slice(begin + start, begin + stop), slice(begin + first, begin + seen)
             keys = jnp.concatenate([key[:, :, :prefix], key[:, :, own]], axis=2)
             allowed = jnp.concatenate([mask[:, here, :prefix], mask[:, here, own]], axis=2)
             weights = attention_weights(config, query[..., here, :], keys, allowed)[..., :prefix]

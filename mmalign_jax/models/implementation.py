@@ -50,8 +50,10 @@ class Attention:
         if config.bidirectional == "image":
             return "knows masks that are the same for all rows, and this model's images see themselves in both directions wherever they are"
         if window_binds(config, regions):
-            slots = regions.prefix + regions.answer
+            slots = sum(regions.reach)
             return f"cannot count a window of {config.sliding_window} positions over padding, and a prefix and an answer have {slots} slots"
+        if name == "cudnn" and regions.longest is not None:
+            return "makes one causal sequence of an answer and the whole prefix before it, and rows hold several pairs (config.data.packed)"
         return "" if name == "splash" else _cudnn_problem(config, dtype)
 
 
@@ -70,4 +72,4 @@ def _cudnn_problem(config: DecoderConfig, dtype: str) -> str:
 def window_binds(config: DecoderConfig, regions: Regions) -> bool:
     """Whether some layer has a window that hides something: a prefix and an answer are more positions than it spans."""
     windowed = config.sliding_window is not None and (not config.local_layers or any(config.local_layers))
-    return windowed and regions.prefix + regions.answer > config.sliding_window
+    return windowed and sum(regions.reach) > config.sliding_window

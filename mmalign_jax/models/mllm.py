@@ -98,17 +98,18 @@ class Mllm:
 
     def hidden(self, params: dict, features: Float[Array, "I F U"], batch: PairBatch) -> Float[Array, "B T D"]:
         """Last hidden states of packed rows; image features land where `image_index` and `picture` say."""
-        how = self.attention_of(batch.prefix_slots, batch.answer_slots)
+        how = self.attention_of(batch.prefix_slots, batch.answer_slots, batch.longest)
         with jax.named_scope("decoder"):
             return self._decode_rows(params, features, batch, Decoder(self.config.decoder, self.remat), how)[0]
 
-    def attention_of(self, prefix_slots: int, answer_slots: int) -> str:
-        """The implementation that computes `hidden` of rows with so many slots, see `models.implementation`.
+    def attention_of(self, prefix_slots: int, answer_slots: int, longest: tuple[int, int] | None = None) -> str:
+        """The implementation that computes `hidden` of rows with so many slots, and in rows of several pairs with so many of a pair at most; see
+        `models.implementation`.
 
         Raises:
           UserError: the one that `attention` asks for cannot.
         """
-        return self.attention.of(self.config.decoder, self.dtype, self._regions(prefix_slots, answer_slots))
+        return self.attention.of(self.config.decoder, self.dtype, self._regions(prefix_slots, answer_slots, longest))
 
     def attention_to_images(
         self, params: dict, features: Float[Array, "B F U"], batch: PairBatch, image: Int[Array, "B P"], count: int
@@ -216,8 +217,8 @@ class Mllm:
         pixels = (images.astype(jnp.float32) / 255.0 - jnp.array(self.pixel_mean)) / jnp.array(self.pixel_std)
         return VisionTower(self.config, self.remat).apply({"params": params["vision_tower"]}, pixels.astype(self.dtype), patches)
 
-    def _regions(self, prefix_slots: int, answer_slots: int) -> Regions:
-        return Regions(prefix_slots, answer_slots, causal=self.config.decoder.bidirectional == "none")
+    def _regions(self, prefix_slots: int, answer_slots: int, longest: tuple[int, int] | None) -> Regions:
+        return Regions(prefix_slots, answer_slots, self.config.decoder.bidirectional == "none", longest)
 
     def _decode_rows(
         self, params: dict, features: Array, batch: PairBatch, decoder: Decoder, implementation: str,
@@ -228,14 +229,14 @@ class Mllm:
         image = self._image_of(batch) if c.bidirectional == "image" else batch.image_index
 
         def mask(window: int | None) -> Bool[Array, "B T T"]:
-            hidden = {"visible": visible, "images_see_all": images_see_all}
+            hidden = {"visible": visible, "images_see_all": images_see_all, "segment": batch.segment}
             return packed_mask(batch.role, batch.positions, image, window=window, bidirectional=c.bidirectional, **hidden)
 
-        regions = self._regions(batch.prefix_slots, batch.answer_slots)
+        regions = self._regions(batch.prefix_slots, batch.answer_slots, batch.longest)
         if implementation == "blocks":
             masks = Masks(None if local.all() else mask(None), mask(c.sliding_window) if local.any() else None, regions)
         else:
-            masks = Masks(None, None, regions, batch.role != PAD, implementation)
+            masks = Masks(None, None, regions, batch.role != PAD, batch.segment, implementation)
         placed = at_tokens(features, batch.image_index, batch.picture).astype(self.dtype)
         here, deep = (batch.image_index >= 0)[..., None], None
         inputs = jnp.where(here, placed[..., :width], self._embed(params, batch.tokens))

@@ -1,7 +1,7 @@
 """Attention of packed rows by JAX's splash kernel for TPUs (`jax.experimental.pallas.ops.tpu.splash_attention`).
 
 The mask is the same for all rows: the prefix sees itself, an answer the prefix and itself. It is known when the program is compiled, so
-blocks that it hides cost nothing. What differs between rows is padding alone, which is told by segment.
+blocks that it hides cost nothing. What differs between rows is told by segment: padding, and which of a row's pairs a token belongs to.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mmalign_jax import mesh
 from mmalign_jax.models.attention import Regions
@@ -30,6 +30,7 @@ def attend(
     value: Float[Array, "B T G E"],
     there: Bool[Array, "B T"],
     regions: Regions,
+    segment: Int[Array, "B T"] | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T H E"]:
@@ -37,27 +38,30 @@ def attend(
 
     Args:
       there: slots that are no padding.
+      segment: `PairBatch.segment`, of rows with several pairs.
       interpret: without a TPU, for tests.
     """
     # the kernel has no factor of its own; in float32, so that a query is rounded once
     scale = config.head_width**-0.5 if config.query_scale is None else config.query_scale
     query = (query.astype(jnp.float32) * scale).astype(query.dtype)
     local = functools.partial(_of_device, config.attention_softcap, regions, interpret)
+    # 0 for padding, which sees itself alone, so that no softmax is empty
+    seen = there.astype(jnp.int32) if segment is None else jnp.where(there, segment + 1, 0).astype(jnp.int32)
     if not mesh.active():
-        return local(query, key, value, there)
+        return local(query, key, value, seen)
     heads, kv_heads = mesh.spec("batch", None, "heads", None), mesh.spec("batch", None, "kv_heads", None)
     specs = (heads, kv_heads, kv_heads, mesh.spec("batch", None))
     # the kernel's outputs do not say over which axes they vary
-    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, there)
+    return jax.shard_map(local, in_specs=specs, out_specs=heads, check_vma=False)(query, key, value, seen)
 
 
-def _of_device(softcap: float | None, regions: Regions, interpret: bool, query: Array, key: Array, value: Array, there: Array) -> Array:
+def _of_device(softcap: float | None, regions: Regions, interpret: bool, query: Array, key: Array, value: Array, seen: Array) -> Array:
     """`attend` of one device's rows and heads, queries multiplied by their factor."""
     slots, width = query.shape[1], query.shape[-1]
     size, padded = block_size(regions, slots)
     channels = width if width <= LANES else _up(width, LANES)
     place = lambda x: jnp.pad(x, ((0, 0), (0, padded - slots), (0, 0), (0, channels - width))).swapaxes(1, 2)  # noqa: E731
-    segment = jnp.pad(there.astype(jnp.int32), ((0, 0), (0, padded - slots)))
+    segment = jnp.pad(seen, ((0, 0), (0, padded - slots)))
     blocks = {name: size for name in _BLOCKS}
     mask = masks.MultiHeadMask([masks.NumpyMask(static_mask(regions, slots, padded))])  # one for all heads
     kernel = kernels.make_splash_mha(
@@ -83,9 +87,11 @@ def static_mask(regions: Regions, slots: int, padded: int) -> Bool[np.ndarray, "
     part = np.where(slot < regions.prefix, 0, 1 + (slot - regions.prefix) // max(regions.answer, 1))
     part = np.where(slot < slots, part, -1)
     query, key = part[:, None], part[None, :]
-    earlier = slot[None, :] <= slot[:, None]
-    allowed = earlier & ((query == key) | ((key == 0) & (query > 0)))
-    return allowed if regions.causal else allowed | ((query == 0) & (key == 0))
+    apart = slot[:, None] - slot[None, :]
+    # in rows of several pairs, what is further apart within a region is of two of them
+    near = np.where(query == 0, np.abs(apart) < regions.reach[0], (query < 0) | (apart < regions.reach[1]))
+    allowed = (apart >= 0) & (((query == key) & near) | ((key == 0) & (query > 0)))
+    return allowed if regions.causal else allowed | ((query == 0) & (key == 0) & near)
 
 
 @functools.cache

@@ -147,6 +147,11 @@ def _abstract_arguments(
 
 
 def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, objective: losses.Objective, kind: Reference) -> PairBatch:
+    if config.data.packed:
+        raise UserError(
+            "config.data.packed: how many slots rows of several pairs have follows from the data, which is not read here; check with "
+            "config.data.packed=False, a pair a row"
+        )
     if not sizes.vision.image_size:
         raise UserError("config.model: models that take pictures of any size cannot be checked here yet; LLaVA and other models of tiles can")
     if not config.data.prefix_tokens and (sizes.connector.newline or sizes.connector.kind.startswith("shuffle")):

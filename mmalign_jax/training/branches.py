@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mmalign_jax import losses, mesh
 from mmalign_jax.losses import AnswerLogps, TokenStats
 from mmalign_jax.models.mllm import Mllm
+from mmalign_jax.models.packed_pairs import answer_sums
 from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX, PairBatch
 
 
@@ -45,6 +46,8 @@ class Side:
     ) -> TokenStats:
         """Statistics of the batch's answer tokens, given the rows' hidden states."""
         slots = {"prefix_slots": batch.prefix_slots, "answer_slots": batch.answer_slots, "softcap": self.model.config.decoder.final_softcap}
+        if batch.place is not None:
+            slots |= {"segment": batch.segment, "segments": batch.place.shape[-1]}
         return losses.answer_statistics(hidden, self.head(), batch.tokens, batch.role, **slots, wanted=wanted, reference=reference)
 
     def fixed(self) -> "Side":
@@ -53,13 +56,23 @@ class Side:
 
 def lengths_alone(batch: PairBatch) -> AnswerLogps:
     """The answers of an objective that reads no log-probs."""
-    return AnswerLogps(None, jnp.sum(batch.by_answer(batch.token_weight), axis=-1))
+    return AnswerLogps(None, answer_sums(batch.by_answer(batch.token_weight), batch))
+
+
+def weighted(values: Float[Array, "C K R"], batch: PairBatch) -> Float[Array, "B K"]:
+    """Sums of values of tokens under the batch's token weights, by pair."""
+    return answer_sums(values * batch.by_answer(batch.token_weight), batch)
 
 
 def answer_logps(
     policy: Float[Array, "B K R"], reference: Float[Array, "B K R"] | None, batch: PairBatch, *, by_token: bool = False
 ) -> AnswerLogps:
-    """Sums of token log-probs under the batch's token weights; the tokens themselves where an objective reads them."""
+    """Sums of token log-probs under the batch's token weights; the tokens themselves where an objective reads them, of rows of one pair."""
+    if batch.place is not None:
+        if by_token:
+            raise ValueError("log-probs by token are those of rows of one pair")
+        theirs = None if reference is None else weighted(reference, batch)
+        return AnswerLogps(weighted(policy, batch), lengths_alone(batch).lengths, theirs)
     weight = batch.by_answer(batch.token_weight)
     mask = weight > 0
     sums, lengths = losses.sums(policy, mask, weight)

@@ -52,9 +52,10 @@ class Work:
 def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Collection[str]) -> float:
     """FLOPs of one step over all rows, recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
 
-    Pictures that rows share count once, and not at all where rows bring the tower's features; under a view, each row has its own. Slots are
-    counted as they are computed, padding too, and so are products of queries and keys. Frozen weights need no gradient of their own, only
-    carry that of what trains in and below them. Low-rank factors themselves are not counted: about 2 rank / width of their linears.
+    Rows count, of however many pairs. Pictures that rows share count once, and not at all where rows bring the tower's features; under a view,
+    each row has its own. Slots are counted as they are computed, padding too, and so are products of queries and keys. Frozen weights need no
+    gradient of their own, only carry that of what trains in and below them. Low-rank factors themselves are not counted: about 2 rank / width of
+    their linears.
 
     Args:
       freeze: parts whose own weights do not train. `config.lora` says which have factors that do.
@@ -68,7 +69,7 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
     theirs = 2 if work.reference else 0
     passes = 2 + backward + theirs
 
-    regions = Regions(batch.prefix_slots, batch.answer_slots, causal=c.bidirectional == "none")
+    regions = Regions(batch.prefix_slots, batch.answer_slots, c.bidirectional == "none", batch.longest)
 
     def decoder(answers: int, passes: int) -> float:
         slots = batch.prefix_slots + answers * batch.answer_slots

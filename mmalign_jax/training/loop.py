@@ -282,8 +282,8 @@ class _Run:
 
     def _flops(self, batch: PairBatch) -> float:
         """Of a step on these rows of this process, as if all processes had rows of this shape: they do."""
-        rows = self.config.train.batch_size / (batch.tokens.shape[0] * batch.tokens.shape[1])
-        return self.config.train.updates * rows * step_flops(self.sizes, batch, work=self.work, freeze=self.rule.frozen)
+        processes = self.config.train.batch_size / batch.record_key.size
+        return self.config.train.updates * processes * step_flops(self.sizes, batch, work=self.work, freeze=self.rule.frozen)
 
     def _speed(self, seconds: float, waiting: float, flops: float) -> dict[str, float]:
         """Means over the steps since the last log, compilation of new shapes included."""

@@ -15,7 +15,7 @@ from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.shared_pictures import of_rows, with_own_pictures
 from mmalign_jax.models.tree import split, union
 from mmalign_jax.pairs import views
-from mmalign_jax.training.branches import Side, answer_logps, lengths_alone, with_mismatched
+from mmalign_jax.training.branches import Side, answer_logps, lengths_alone, weighted, with_mismatched
 from mmalign_jax.training.corrupted import corrupted
 from mmalign_jax.types import PairBatch
 
@@ -166,8 +166,7 @@ class _Pass:
         elif Need.REFERENCE in self.needs:
             theirs = jnp.zeros_like(tokens.logps)
         answers = answer_logps(tokens.logps, theirs, self.batch, by_token=self.by_token)
-        weight = self.batch.by_answer(self.batch.token_weight)
-        more = {name: jnp.sum(getattr(tokens, name) * weight, axis=-1) for name in wanted}
+        more = {name: weighted(getattr(tokens, name), self.batch) for name in wanted}
         if Need.MISMATCHED not in self.needs:
             return answers, None, more
         count = self.batch.answers - 1

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from mmalign_jax import losses
 from mmalign_jax.models.lora import is_factor
 from mmalign_jax.models.mllm import Mllm
+from mmalign_jax.models.packed_pairs import one_a_row
 from mmalign_jax.models.tree import split, union
 from mmalign_jax.sampling import DecodeOptions, LaneStart, decode_lanes, lane_keys
 from mmalign_jax.training.branches import Side, prompts, with_answer
@@ -24,7 +25,10 @@ Metrics = dict[str, Float[Array, ""]]
 
 @dataclasses.dataclass(frozen=True)
 class Monitor:
-    """Makes the measurements; `options` says how the policy's own answers are drawn (temperature 1, so that they are samples of it)."""
+    """Makes the measurements; `options` says how the policy's own answers are drawn (temperature 1, so that they are samples of it).
+
+    Pairs that share a row are given rows of their own first.
+    """
 
     model: Mllm
     options: DecodeOptions
@@ -49,7 +53,7 @@ class Monitor:
         Args:
           reference: the reference's own copies of trainable leaves; without one, scores are mean log-probs and no divergence is measured.
         """
-        policy = Side(self.model, union(params, frozen))
+        batch, policy = one_a_row(batch), Side(self.model, union(params, frozen))
         theirs = None
         if reference is not None:
             model = self.model if split(reference, is_factor)[0] else self.model.without_adapter()

@@ -70,8 +70,7 @@ def make_train_step(
     """
 
     def step(state: TrainState, reference: dict | None, batch: PairBatch) -> tuple[TrainState, Metrics]:
-        parts, rows = batch.tokens.shape[:2]
-        epoch = state.step * (parts * rows) // rows_per_epoch if rows_per_epoch else jnp.int32(0)
+        epoch = state.step * batch.record_key.size // rows_per_epoch if rows_per_epoch else jnp.int32(0)
         reference = state.reference if follow is not None else reference
         prepared = loss.prepared(batch)
         if Need.SAMPLED in loss.objective.needs and (updates > 1 or state.sampler):

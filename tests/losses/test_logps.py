@@ -92,6 +92,45 @@ def test_packed_answers_equal_rows_of_their_own():
         np.testing.assert_allclose(packed[:, k], alone[:, 0], atol=1e-6)
 
 
+def test_pairs_that_share_a_row_have_the_log_probs_and_gradients_of_rows_of_their_own():
+    """All four one behind the other in each region, the third with an empty answer."""
+    hidden, head, tokens, role, slots = rows()
+    p, r = sum(PREFIX_LENGTHS) + 2, max(map(sum, zip(*ANSWER_LENGTHS, strict=True))) + 3
+    source, segment = np.full(p + K * r, -1), np.full(p + K * r, -1)
+    filled = [0, *(p + k * r for k in range(K))]
+    for b, lengths in enumerate(zip(PREFIX_LENGTHS, ANSWER_LENGTHS, strict=True)):
+        for part, length in enumerate((lengths[0], *lengths[1])):
+            here = slice(filled[part], filled[part] + length)
+            source[here] = b * hidden.shape[1] + (part and P + (part - 1) * R) + np.arange(length)
+            segment[here] = b
+            filled[part] += length
+
+    def packed(values, filler):
+        flat = values.reshape(-1, *values.shape[2:])
+        return jnp.where((source < 0).reshape(-1, *[1] * (flat.ndim - 1)), filler, flat[source])[None]
+
+    own_slots = {"prefix_slots": p, "answer_slots": r, "segment": jnp.array(segment[None]), "segments": 5}
+    weight = jnp.array(np.random.default_rng(1).normal(size=(4, K, R)), jnp.float32)
+    there = jnp.array(source)[None, p:] >= 0
+    flat_weight = jnp.where(there, packed(jnp.concatenate([jnp.zeros((4, P)), weight.reshape(4, -1)], axis=1), 0.0)[:, p:], 0.0).reshape(1, K, r)
+
+    def together(hidden, head):
+        found = losses.answer_statistics(packed(hidden, jnp.nan), head, packed(tokens, 0), packed(role, PAD), **own_slots, chunk=7)
+        return jnp.sum(jnp.where(found.mask, found.logps, 0.0) * flat_weight), found
+
+    def alone(hidden, head):
+        found = losses.answer_statistics(hidden, head, tokens, role, **slots)
+        return jnp.sum(found.logps * weight), found
+
+    (grads, found), (expected_grads, expected) = (jax.grad(f, argnums=(0, 1), has_aux=True)(hidden, head) for f in (together, alone))
+    for b, k in np.ndindex(4, K):
+        theirs = np.asarray(expected.logps)[b, k][: ANSWER_LENGTHS[b][k]]
+        np.testing.assert_allclose(np.asarray(found.logps)[0, k][segment[p + k * r : p + (k + 1) * r] == b], theirs, atol=1e-5)
+    assert int(found.mask.sum()) == sum(map(sum, ANSWER_LENGTHS))
+    for one, other in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_inputs_get_float32_logits():
     hidden, head, tokens, role, slots = rows(dtype=jnp.bfloat16)
     logps, _ = losses.answer_logps(hidden, head, tokens, role, **slots)

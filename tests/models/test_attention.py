@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.tiny import quick_jit
 
+from mmalign_jax.models import splash
 from mmalign_jax.models.attention import Regions, attend, packed_mask
 from mmalign_jax.models.image_attention import image_mass
 from mmalign_jax.models.presets import preset
@@ -65,6 +66,27 @@ def test_blocks_give_what_one_piece_gives(window, bidirectional, softcap):
     np.testing.assert_allclose(found[0, there], expected[0, there], rtol=2e-6, atol=5e-6)
     for one, other in zip(grads, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=5e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("bidirectional", ["none", "prefix"])
+def test_what_is_too_far_apart_to_be_of_one_pair_is_left_out(bidirectional):
+    """Rows of pairs of at most 40 + 30 slots, eight and a half of them behind one another, in several blocks."""
+    slots = np.arange(PREFIX_SLOTS + len(LENGTHS) * ANSWER_SLOTS)
+    part = np.where(slots < PREFIX_SLOTS, 0, 1 + (slots - PREFIX_SLOTS) // ANSWER_SLOTS)
+    inside = np.where(part == 0, slots, (slots - PREFIX_SLOTS) % ANSWER_SLOTS)
+    longest = (40, 30)
+    segment = inside // np.array([40, 30, 30])[part]
+    positions = np.where(part == 0, inside % 40, 40 + inside % 30)
+    given = [jnp.array(values[None]) for values in (np.where(part == 0, PREFIX, FIRST_ANSWER + part - 1), positions, np.full_like(part, -1))]
+    mask = packed_mask(*given, bidirectional=bidirectional, segment=jnp.array(segment[None]))
+    far, near = (Regions(PREFIX_SLOTS, ANSWER_SLOTS, bidirectional == "none", reach) for reach in (None, longest))
+    query, key, value, _, _ = arrays()
+    read = lambda regions: lambda qkv: jnp.sum(jnp.sin(attend(config(), *qkv, mask, regions)))  # noqa: E731
+    one, other = (jax.value_and_grad(read(regions))((query, key, value)) for regions in (near, far))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one, other)
+    assert near.products(2) < 0.9 * far.products(2) and near.reach == longest
+    static = splash.static_mask(near, len(slots), len(slots))
+    assert (static | ~np.asarray(mask[0])).all() and static.sum() < 0.9 * splash.static_mask(far, len(slots), len(slots)).sum()
 
 
 def sizes(jaxpr) -> set[int]:

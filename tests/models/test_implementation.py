@@ -53,6 +53,16 @@ def test_cudnn_by_name():
     assert of("cudnn", "cuda") == "cudnn"
 
 
+def test_rows_of_several_pairs():
+    """A window matters where it hides something of one pair."""
+    several = dataclasses.replace(PAIR, longest=(300, 100))
+    assert of("auto", "tpu", regions=several, sliding_window=400) == "splash"
+    assert of("auto", "tpu", regions=several, sliding_window=399) == "blocks"
+    assert Attention("auto", "tpu").of(LLAVA, "bfloat16", several) == "splash"
+    with pytest.raises(UserError, match="config.model.attention: cudnn makes one causal sequence .* rows hold several pairs"):
+        Attention("cudnn", "cuda").of(LLAVA, "bfloat16", several)
+
+
 @pytest.mark.parametrize(
     ("setting", "platform", "dtype", "changes", "message"),
     [

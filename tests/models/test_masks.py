@@ -71,3 +71,22 @@ def test_hidden_slots_are_seen_by_nobody(bidirectional):
     found = np.asarray(packed_mask(role, positions, image, window=5, bidirectional=bidirectional, visible=visible))
     np.testing.assert_array_equal(found, whole & np.asarray(visible)[:, None])
     assert whole[0, :, [3, 7]].any()
+
+
+@pytest.mark.parametrize("bidirectional", ["none", "image", "prefix"])
+def test_a_pair_sees_itself_and_no_other_pair_of_its_row(bidirectional):
+    """Two pairs one behind the other in each region have the masks that they have alone."""
+    *alone, _ = row()
+    used = [np.flatnonzero(np.asarray(alone[0][0])[start:stop] != PAD) + start for start, stop in ((0, 15), (15, 21), (21, 27))]
+    slots = [np.concatenate([here, here]) for here in used]
+    order, segment = np.concatenate(slots), np.concatenate([np.repeat([0, 1], len(here)) for here in used])
+    # images of the second pair are numbered behind those of the first
+    role, positions, image = (np.asarray(values)[0, order] for values in alone)
+    image = np.where(image < 0, -1, image + 2 * segment)
+    packed = (jnp.array(values[None]) for values in (role, positions, image))
+    found = np.asarray(packed_mask(*packed, window=9, bidirectional=bidirectional, segment=jnp.array(segment[None])))[0]
+    expected = np.asarray(packed_mask(*alone, window=9, bidirectional=bidirectional))[0]
+    for pair in (0, 1):
+        own = segment == pair
+        np.testing.assert_array_equal(found[np.ix_(own, own)], expected[np.ix_(order[own], order[own])])
+        assert not found[np.ix_(own, ~own)].any()

@@ -50,6 +50,30 @@ def test_the_kernel_gives_what_blocks_give(monkeypatch, regions, changes, width,
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("causal", [True, False])
+def test_segments_keep_the_pairs_of_a_row_apart(monkeypatch, causal):
+    monkeypatch.setattr(splash, "block_size", lambda regions, slots: (128, 384))
+    regions, c = dataclasses.replace(REGIONS, causal=causal, longest=(90, 55)), config(head_width=64)
+    qkv, role, positions = rows(regions, ((150, 70, 70), (140, 60, 65)), 64)
+    # each region holds the parts of two pairs, cut at other places
+    segment, place = np.zeros(role.shape, int), np.array(positions)
+    for start, cut, stop in ((0, 90, 150), (150, 170, 220), (220, 275, 290)):
+        segment[:, cut:stop] = 1
+        before = 0 if not start else np.array([[90], [150 - 90]])  # where each pair's answers go on
+        place[:, start:cut] = np.arange(cut - start) + (0 if not start else before[0])
+        place[:, cut:stop] = np.arange(stop - cut) + (0 if not start else before[1])
+    there = role != PAD
+    segment, place = jnp.where(there, segment, -1), jnp.array(place)
+    mask = packed_mask(role, place, jnp.full_like(role, -1), bidirectional="none" if causal else "prefix", segment=segment)
+    by = (lambda *qkv: splash.attend(c, *qkv, there, regions, segment, interpret=True), lambda *qkv: attend(c, *qkv, mask, regions))
+    read = lambda how: lambda qkv: jnp.sum(jnp.sin(how(*qkv) * there[..., None, None]))  # noqa: E731
+    (value, grads), (expected, expected_grads) = (jax.jit(jax.value_and_grad(read(how)))(qkv) for how in by)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for one, other in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_static_mask_is_the_mask_of_rows_without_padding(causal):
     regions = Regions(10, 6, causal)

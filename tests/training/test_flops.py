@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import pytest
 
+from mmalign_jax.data.packing import PackedShape
 from mmalign_jax.models.config import Lora
 from mmalign_jax.models.params import abstract_params
 from mmalign_jax.models.presets import preset
 from mmalign_jax.training.flops import Work, mfu, step_flops
+from mmalign_jax.training.packed import packed_flops
 from mmalign_jax.types import PairBatch
 
 SIZES = preset("llava-1.5-7b")
@@ -81,6 +83,20 @@ def test_a_tower_whose_features_rows_bring_does_not_count():
     features = jax.ShapeDtypeStruct((1, 2, SIZES.tower_tile, SIZES.tower_width), np.float32)
     brought = dataclasses.replace(four, images=None, features=features, picture=np.array([[[0, 0, 1, 1]]]))
     assert flops(brought) == flops(batch(4, images=0))
+
+
+def test_rows_of_several_pairs_count_as_rows():
+    """And their pictures once, however they are spread over the rows."""
+    shape = PackedShape(rows=3, prefix_slots=2000, answer_slots=400, tiles=7, longest=(2000, 400))
+    found = packed_flops(SIZES, shape, 2, work=Work(True), freeze=TOWER)
+    text = flops(batch(3, 2000, 400, images=0))
+    np.testing.assert_allclose(found - text, 7 * (flops(batch(1)) - flops(batch(1, images=0))), rtol=1e-6)
+    # the slots of one long row are more work than those of two short ones: it is attention that grows
+    half = packed_flops(SIZES, PackedShape(6, 1000, 200, 7, (1000, 200)), 2, work=Work(True), freeze=TOWER)
+    assert half < found < 1.2 * half
+    # what is too far apart to be of one pair is not computed
+    near = packed_flops(SIZES, dataclasses.replace(shape, longest=(500, 100)), 2, work=Work(True), freeze=TOWER)
+    assert half < near < found
 
 
 def test_mfu_is_not_guessed_for_an_unknown_device():
