@@ -40,6 +40,7 @@ def workload(tmp_path_factory):
     return PairWorkload(str(model), SHAPE, make_pairs(directory, SHAPE, seed=1, vocabulary=512))
 
 
+@pytest.mark.nightly
 def test_both_forms_of_the_step_compute_the_same(workload):
     (ready, ours), (more, naive) = (step_ours.runner(workload, form) for form in ("", "naive"))
     assert ready["tokens_of_a_row"] == more["tokens_of_a_row"] + SHAPE.answer_words + 1  # one more answer, with its end
