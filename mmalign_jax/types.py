@@ -270,7 +270,7 @@ class PairBatch:
         return values[..., self.prefix_slots :].reshape(*values.shape[:-1], self.answers, self.answer_slots)
 
     def with_images(self, images: UInt8[Array, "*A I M Y W 3"] | Float[Array, "*A I M Y W 3"]) -> "PairBatch":
-        return dataclasses.replace(self, images=images)
+        return dataclasses.replace(self, images=images, features=None)
 
 
 def _cut(values: Any, stop: int) -> Any:

@@ -28,6 +28,7 @@ from mmalign_jax.files import read_json, write_json
 
 KEY = "key.json"
 PART_BYTES = 64 << 20  # computed features that are lost at most when a sweep is killed
+_PARTS = "[0-9]*.json"
 TYPES = ("float32", "bfloat16")
 
 
@@ -58,9 +59,8 @@ class FeatureStore:
         self.key, self.width, self.dtype = plain["key"], plain["width"], jnp.dtype(plain["dtype"])
         self._of, self._row = _key_hash(plain), plain["width"] * jnp.dtype(plain["dtype"]).itemsize
         self._places: dict[bytes, _Place] = {}
-        for part in sorted(directory.glob("*.json")):
-            if part.name != KEY:
-                self._places |= self._part(part)
+        for part in sorted(directory.glob(_PARTS)):
+            self._places |= self._part(part)
 
     @classmethod
     def open(cls, directory: Path) -> "FeatureStore | None":
@@ -169,7 +169,7 @@ class FeatureWriter:
             self._opened.flush()
             self._opened.truncate(self._rows * self._width * self._dtype.itemsize)  # an interrupted write may have left more
             os.fsync(self._opened.fileno())
-            numbers = [int(file.stem) for file in self._directory.glob("[0-9]*.json")]
+            numbers = [int(file.stem) for file in self._directory.glob(_PARTS)]
             part = self._directory / f"{max(numbers, default=-1) + 1:06}.json"
             os.replace(self._opened.name, part.with_suffix(".bin"))
             write_json(part, {"of": self._of, "pictures": self._pictures})
