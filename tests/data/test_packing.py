@@ -13,6 +13,7 @@ from mmalign_jax.data import packed_rows, packing
 from mmalign_jax.data.loader import make_loader
 from mmalign_jax.data.packing import Chosen, PackedShape, choose, deal, pack
 from mmalign_jax.data.plan import plan_rows
+from mmalign_jax.training.packed import in_words
 from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX, Media, Response
 
 RANDOM = np.random.default_rng(0)
@@ -108,9 +109,15 @@ def test_shapes_hold_what_they_say_and_each_saves_enough():
     assert found.shapes[-1] == last and 1 < len(found.shapes) <= packing.MOST_SHAPES + 1 and sum(found.used) == pytest.approx(1)
     assert [cost(shape) for shape in found.shapes] == sorted(map(cost, found.shapes))
     assert found.cost < 0.6 and found.empty < 0.4
+    attention = lambda *slots: "blocks"  # noqa: E731
+    lines = list(in_words(found, 2, attention))
+    assert lines[0].startswith(f"8 pairs of a device share rows: {found.empty:.0%} of the slots are empty") and len(lines) == 1 + len(found.shapes)
     # one pair a device: there is nothing to share
     alone = choose(sizes[:, :, :1], tiles, dataclasses.replace(last, rows=1), cost)
     assert alone.shapes == (dataclasses.replace(last, rows=1),) and alone.cost >= 1
+    assert list(in_words(alone, 2, attention)) == [
+        "A device has one pair of each part of a step, so no pairs share a row (config.train.batch_size, config.train.accumulate)"
+    ]
 
 
 @pytest.mark.parametrize(("parts", "devices"), [(1, 2), (2, 2), (1, 1)])
