@@ -42,7 +42,7 @@ from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import Media, Part, Preference, PreferenceRecord, Response, Turn
 
 PAIRS, BATCH, ROUNDS = 512, 16, 2
-STEPS = {"1 bucket": 1, "8 buckets": 8, "packed": 8}  # of a round; rows of one shape all cost the same
+STEPS = {"1 bucket": 1, "8 buckets": 8, "packed": 4}  # of a round; rows of one shape all cost the same
 _SHORTER, _SIDE, _VOCABULARY = 4, 168, 4096
 _FROZEN = ("vision_tower",)
 _SETS = {"text": SETS[4], "mixed": SETS[3]}
