@@ -6,8 +6,8 @@
     python launch/benchmark.py --workload bdhs --model MODEL_DIR --records 16
 
 Workload `step` trains on pairs (`mmalign_jax.benchmark.step`): DPO with a live reference and a frozen tower, beside TRL's `DPOTrainer`, and
-beside this package's own step with a row for each answer (`self:naive`), or with the pictures that several pairs show once for each of them
-(`self:unshared`). Workload `bdhs` makes rejected answers
+beside this package's own step with a row for each answer (`self:naive`), with the pictures that several pairs show once for each of them
+(`self:unshared`), or with the tower's features read from disk (`self:features`). Workload `bdhs` makes rejected answers
 (`mmalign_jax.benchmark.bdhs`), beside a straightforward implementation on `generate` of transformers. Without `--model` the model is a LLaVA of
 63 million random weights, which is written first. Other sides need the extra `bench`.
 """
@@ -29,7 +29,7 @@ from mmalign_jax.files import write_json
 from mmalign_jax.hf.import_ import read_config
 from mmalign_jax.report.console import Console
 
-_AGAINST = {"bdhs": ("transformers",), "step": (step.TRL, step.NAIVE, step.UNSHARED)}
+_AGAINST = {"bdhs": ("transformers",), "step": (step.TRL, step.NAIVE, step.UNSHARED, step.FEATURES)}
 _NEEDS = {"transformers": "torch", step.TRL: "trl"}
 
 

@@ -233,6 +233,11 @@ class ObjectiveConfig:
         return self._built.goes_by_batch
 
     @property
+    def other_pictures(self) -> str:
+        """Which pictures beside a row's own the objective sees, in words; "" where there are none."""
+        return self._built.other_pictures
+
+    @property
     def alone(self) -> tuple[str, ...]:
         """What it reads that rows of several pairs do not have, in words."""
         return self._built.alone
@@ -268,6 +273,14 @@ class ReferenceConfig:
     every: int = setting(512, min=1, help="ema: after so many steps each time")
     cache: str = setting("", help="cached: directory of the log-probs, which runs may share; empty: in the run's directory")
     batch_size: int = setting(0, min=0, help="cached: rows at a time; 0: train.batch_size / train.accumulate")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """Whether what a frozen vision tower makes of a picture is kept on disk; see `training.kept_features`."""
+
+    cache: str = setting("", help="directory of the features, which runs may share; empty: pictures are decoded and encoded in every step")
+    batch_size: int = setting(0, min=0, help="sets of pictures at a time that are encoded before training; 0: train.batch_size / train.accumulate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,6 +404,7 @@ class Config:
     rounds: RoundsConfig = RoundsConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     reference: ReferenceConfig = ReferenceConfig()
+    features: FeaturesConfig = FeaturesConfig()
     auxiliary: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()

@@ -10,6 +10,7 @@ def check_across(config: Config) -> None:
     if config.train.batch_size % config.train.accumulate:
         raise UserError(f"config.train.accumulate: {config.train.accumulate} does not divide config.train.batch_size = {config.train.batch_size}")
     _check_parts(config)
+    _check_features(config)
     if (config.stop.kl_budget or config.stop.length_ratio) and not 0 < config.monitor.every <= config.train.steps:
         raise UserError("config.monitor.every: config.stop reads what the monitor measures; set it between 1 and config.train.steps")
     if config.stop.patience and not config.eval.probe_every:
@@ -74,6 +75,8 @@ def _check_packed(config: Config) -> None:
         raise UserError(f"config.data.packed: {config.objective.name} reads {reads}, which rows of several pairs do not have; leave it off")
     if config.pairs.maker != "none" and config.pairs.when == "online":
         raise UserError("config.data.packed: the lengths of pairs that are made online (config.pairs.when) are not known beforehand; leave it off")
+    if config.features.cache:
+        raise UserError("config.data.packed: pairs that share a row bring pictures, not what config.features.cache keeps of them; use one of the two")
     if config.model.attention == "cudnn":
         raise UserError(
             "config.data.packed: cuDNN's attention makes one causal sequence of an answer and all of the prefix before it; set "
@@ -145,3 +148,22 @@ def _check_parts(config: Config) -> None:
         raise UserError("config.lora.rank: an adapter that goes on training brings its own rank; leave it 0 or leave config.model.adapter empty")
     if any(optimizer.rates.values()) and not optimizer.learning_rate:
         raise UserError("config.optimizer.learning_rate: must be above 0 where parts have learning rates; freeze the parts that shall not train")
+
+
+def _check_features(config: Config) -> None:
+    """What goes with features of the vision tower that are kept: nothing by which pictures or tower are others in a later step."""
+    if not config.features.cache:
+        return
+    freeze, lora, pairs = config.model.freeze, config.lora, config.pairs
+    leave = "or leave config.features.cache empty"
+    if lora.rank and "vision_tower" in lora.parts:
+        raise UserError(f"config.lora.parts: the vision tower has factors that train, so its features cannot be kept; leave it out, {leave}")
+    if freeze != ("auto",) and "vision_tower" not in freeze:
+        raise UserError(f"config.model.freeze: the vision tower trains, so its features cannot be kept; freeze it, {leave}")
+    if seen := config.objective.other_pictures:
+        raise UserError(
+            f"config.objective.name: {config.objective.name} also sees {seen}, for which every step needs pixels and the tower, so features cannot "
+            f"be read in their place; choose another objective, {leave}"
+        )
+    if pairs.maker != "none" and pairs.when == "online":
+        raise UserError(f"config.pairs.when: pairs that are made online are made from pixels, so features are not read; make them offline, {leave}")

@@ -17,6 +17,7 @@ from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import Config, DataConfig, to_mapping
 from mmalign_jax.data import builder, holdout
 from mmalign_jax.data.device import process_slice
+from mmalign_jax.data.features import RowFeatures
 from mmalign_jax.data.loader import Extra, Loader, make_loader
 from mmalign_jax.data.other_images import OtherImages
 from mmalign_jax.data.plan import LeftOut, Records, RowPlan, plan_rows
@@ -45,6 +46,7 @@ from mmalign_jax.scenes.splits import ORIGIN
 from mmalign_jax.training.cached_reference import CachedReference
 from mmalign_jax.training.flops import Work
 from mmalign_jax.training.held_out import HeldOut
+from mmalign_jax.training.kept_features import KeptFeatures
 from mmalign_jax.training.loop import Batches, Trained, train
 from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.monitors import Monitor
@@ -112,6 +114,7 @@ class _Run:
         self.loss = LossFunction(p.model, self.objective, c.train.redraw_views == "epoch")
         if self.loss.view is not None:
             self.console.line(f"Corrupted images: {self.loss.view}")
+        self.features = KeptFeatures.of(c, p, self.console)
         if c.pairs.maker == "samples":  # mistakes in them are told before anything is measured
             check_answers(c, p.processor, of_samples=self.objective.of_samples)
         self._check_rows()
@@ -213,21 +216,22 @@ class _Run:
         if Need.MARGIN in self.objective.needs and not any(records[index].prefs[pref].margin for index, pref in plan.items.tolist()):
             raise UserError(f"config.objective.name: {self.objective.name} goes by the pairs' margins, and in this data set all are 0")
         cache = Path(c.reference.cache) if c.reference.cache else self.workdir / run_files.REFERENCE
-        extras = self._extras(records, plan, self.loss, cache)
-        return self._with_auxiliary(_Offline(self._loader(records, plan, c.data.order, extras, packed=c.data.packed))), plan
+        features = self.features and self.features(records, plan)
+        extras = self._extras(records, plan, self.loss, cache, features)
+        return self._with_auxiliary(_Offline(self._loader(records, plan, c.data.order, extras, features, packed=c.data.packed))), plan
 
     def _plan(self, records: Records) -> RowPlan:
         objective = self.objective
         options = {"mark_changes": Need.CHANGED in objective.needs, "whole_answers": objective.whole_answers, "reads": objective.reads}
         return plan_rows(records, self.policy.processor, self.config.data, answers=objective.answers, **options)
 
-    def _extras(self, records: Records, plan: RowPlan, loss: LossFunction, cache: Path) -> list[Extra]:
+    def _extras(self, records: Records, plan: RowPlan, loss: LossFunction, cache: Path, features: RowFeatures | None) -> list[Extra]:
         """What rows hold beside their own tokens and images."""
         extras: list[Extra] = []
         if loss.view is not None and "other_images" in loss.view.needs:
             extras.append(OtherImages(records, self.policy.processor, plan))
         if self.reference.kind == "cached":
-            extras += CachedReference(self.config, cache, self.policy, loss, self.console)(records, plan, extras)
+            extras += CachedReference(self.config, cache, self.policy, loss, self.console, features)(records, plan, extras)
         return extras
 
     def _held_out(self, records: Records) -> Callable[[int, TrainState, dict | None], dict[str, Any]]:
@@ -237,8 +241,9 @@ class _Run:
         self.skipped += _not_fitting(plan.left_out)
         loss = dataclasses.replace(self.loss, objective=self.objective.compares)
         cache = Path(c.reference.cache) / "held_out" if c.reference.cache else self.workdir / f"{run_files.REFERENCE}_held_out"
-        extras = self._extras(records, plan, loss, cache)
-        measure = HeldOut(records, p.processor, plan, loss, p.mesh, batch_size=c.eval.batch_size, workers=c.data.workers, extras=extras)
+        features = self.features and self.features(records, plan)
+        rows = {"extras": self._extras(records, plan, loss, cache, features), "features": features}
+        measure = HeldOut(records, p.processor, plan, loss, p.mesh, batch_size=c.eval.batch_size, workers=c.data.workers, **rows)
 
         def after(step: int, state: TrainState, reference: dict | None) -> dict[str, Any]:
             theirs = state.reference or None if reference is None else reference
@@ -282,7 +287,10 @@ class _Run:
             raise UserError("config.objective.view: other rows' pictures are not at hand for online pairs; choose another view")
         return self._with_auxiliary(batches)
 
-    def _loader(self, records: Records, plan: RowPlan, order: str, extras: Sequence[Extra] = (), *, packed: bool = False) -> Loader:
+    def _loader(
+        self, records: Records, plan: RowPlan, order: str, extras: Sequence[Extra] = (), features: RowFeatures | None = None,
+        packed: bool = False,
+    ) -> Loader:  # fmt: skip
         """The loader of a set. Where rows of a device share pictures, it is said how many are encoded; where pairs share rows, what that saves."""
         c, mesh, (index, count) = self.config, self.policy.mesh, process_slice(self.policy.mesh)
         options = {"batch_size": c.train.batch_size, "accumulate": c.train.accumulate, "seed": c.train.seed, "workers": c.data.workers}
@@ -290,7 +298,7 @@ class _Run:
         processor, sizes, answers = self.policy.processor, self.policy.sizes, plan.layout.answers
         work = Work.of(self.objective, live_reference=self.reference.kind in ("live", "adapter_off", "ema"))
         cost = cost_of(sizes, processor, answers, work=work, freeze=Trainable.of(c, sizes).frozen) if packed else None
-        make = functools.partial(make_loader, records, processor, plan, **options, extras=extras, packed=cost)
+        make = functools.partial(make_loader, records, processor, plan, **options, extras=extras, features=features, packed=cost)
         if cost is None:
             loader = make()
         else:
@@ -299,8 +307,8 @@ class _Run:
             for line in in_words(loader.packing, answers, self.policy.model.attention_of):
                 self.console.line(line)
         if len(loader.sizes) > 1:
-            sizes = " or ".join(map(str, loader.sizes))
-            self.console.line(f"Rows share their pictures: those of {sizes} rows are encoded for the {loader.sizes[-1]} rows of a device")
+            sizes, done = " or ".join(map(str, loader.sizes)), "encoded" if features is None else "read"
+            self.console.line(f"Rows share their pictures: those of {sizes} rows are {done} for the {loader.sizes[-1]} rows of a device")
         return loader
 
     def _with_auxiliary(self, batches: Batches) -> Batches:
@@ -313,7 +321,7 @@ class _Run:
         records = self._obtain(data, self.workdir / "auxiliary", "Preparing the auxiliary data")
         plan = plan_rows(records, self.policy.processor, data, answers=1)
         self.skipped += _not_fitting(plan.left_out)
-        return WithAuxiliary(batches, self._loader(records, plan, data.order))
+        return WithAuxiliary(batches, self._loader(records, plan, data.order, features=self.features and self.features(records, plan)))
 
     def _preflight(self, records: Records, plan: RowPlan) -> None:
         """Says what the model will see, before any of it is computed."""

@@ -18,6 +18,7 @@ DATA = "data.json"  # counts of the records that it reads, wherever they are kep
 _MAY_CHANGE = (
     "mesh", "report", "checkpoint", "export", "data.workers", "data.cache", "data.packed", "train.log_every", "eval.batch_size",
     "eval.holdout_every", "pairs.batch_size", "pairs.cache", "samples.batch_size", "reference.cache", "reference.batch_size",
+    "features",
 )  # fmt: skip
 # What a run computes. Prepared data and cached log-probs are not among it: they know by themselves what they were made from
 _COMPUTED = ("round_1", "initial_model", PAIRS, PAIR_COUNTS, "eval", "metrics.jsonl", "checkpoints", "export")

@@ -214,8 +214,10 @@ class PairBatch:
     `images` are tiles of the size that the tower takes, or canvases that hold pictures of any size; `patches` then says where. `mrope`
     are the rotary positions of models that turn by time, row and column; other models turn by `positions`.
 
-    Where rows share their pictures, `images` and `patches` hold each set of them once, and `picture` says which one a row shows. Rows come in
-    as many equal groups as `picture` has, one a device, sets of pictures likewise, and a row's is of its own group.
+    `features` are what the tower makes of the pictures, where that is at hand (`data.features`); `patches` are there nevertheless.
+
+    Where rows share their pictures, `images`, `patches` and `features` hold each set of them once, and `picture` says which one a row shows.
+    Rows come in as many equal groups as `picture` has, one a device, sets of pictures likewise, and a row's is of its own group.
 
     Where a row holds several pairs (`data.packing`), arrays by token have C rows in the place of B, and each region holds the parts of the row's
     pairs one behind the other. `segment` says which pair of its row a token belongs to; it sees no other, and positions start with each pair. What
@@ -225,7 +227,7 @@ class PairBatch:
     tokens: Int[Array, "*A B T"]
     role: Int[Array, "*A B T"]
     positions: Int[Array, "*A B T"]
-    images: UInt8[Array, "*A I M Y W 3"]
+    images: UInt8[Array, "*A I M Y W 3"] | None  # None where `features` stand for them
     image_index: Int[Array, "*A B T"]  # which of the row's F features lands here, -1 for none
     token_weight: Float[Array, "*A B T"]  # weight of a scored token, 0 off the answers
     record_key: UInt[Array, "*A B"]  # seed of the row's random draws
@@ -246,6 +248,7 @@ class PairBatch:
     auxiliary: "PairBatch | None" = None  # as many rows of another data set, K = 1
     sampled: Sampled | None = None  # where the answers are a group of samples
     picture: Int[Array, "*A groups rows"] | None = None  # place among the sets of pictures of the row's group; None: each row has its own
+    features: Float[Array, "*A I G Z"] | None = None  # of a frozen tower, in the type that it is computed in; `images` are not there then
     segment: Int[Array, "*A C T"] | None = None  # number of a token's pair within its row, -1 off all pairs; None: a row is a pair
     place: Int[Array, "*A groups pairs"] | None = None  # of each pair of a group: the number of its row there times `pairs`, plus its segment
     drawn_logps: Float[Array, "*A B T"] | None = None  # by the sampler, of tokens that were drawn for this step; NaN elsewhere

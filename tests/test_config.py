@@ -94,6 +94,7 @@ SAMPLED = {"pairs": {"maker": "samples", "when": "online"}, "samples": {"scorers
         ({"data": {"packed": True}, "objective": {"name": "kto"}}, "config.data.packed: kto reads another row's answer behind each prompt"),
         ({"data": {"packed": True}, "objective": {"name": "reward_model"}}, "config.data.packed: reward_model reads scores at the answers' ends"),
         (SAMPLED | {"data": {"packed": True}}, "config.data.packed: the lengths of pairs that are made online"),
+        ({"data": {"packed": True}, "features": {"cache": "kept"}}, "config.data.packed: pairs that share a row bring pictures"),
         ({"data": {"packed": True}, "model": {"attention": "cudnn"}}, "config.data.packed: cuDNN's attention makes one causal sequence"),
         ({"auxiliary": {"packed": True}}, "config.auxiliary.packed: only rows of config.data are packed"),
         (SAMPLED | {"objective": {"name": "kto"}}, "config.pairs.when: kto goes by statistics of all rows"),

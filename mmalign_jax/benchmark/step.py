@@ -16,11 +16,12 @@ from mmalign_jax.benchmark.pairs import PairWorkload
 from mmalign_jax.errors import UserError
 from mmalign_jax.report.console import Console
 
-OURS, NAIVE, UNSHARED, TRL = "mmalign_jax", "self:naive", "self:unshared", "trl"
+OURS, NAIVE, UNSHARED, FEATURES, TRL = "mmalign_jax", "self:naive", "self:unshared", "self:features", "trl"
 MODULES = {
     OURS: ("mmalign_jax.benchmark.step_ours", ()),
     NAIVE: ("mmalign_jax.benchmark.step_ours", ("naive",)),
     UNSHARED: ("mmalign_jax.benchmark.step_ours", ("unshared",)),
+    FEATURES: ("mmalign_jax.benchmark.step_ours", ("features",)),
     TRL: ("mmalign_jax.benchmark.step_trl", ()),
 }
 _MIB = 1 << 20

@@ -1,9 +1,9 @@
 """This package's training step as a side of the step benchmark.
 
-    python -m mmalign_jax.benchmark.step_ours DIRECTORY [naive | unshared]
+    python -m mmalign_jax.benchmark.step_ours DIRECTORY [naive | unshared | features]
 
 serves it (see `child`): with `naive`, two rows a pair, each with its own images (`separate_rows`), with `unshared`, images that several pairs
-show once for each of them, and everything else the same.
+show once for each of them, with `features`, the tower's features read from DIRECTORY/features, and everything else the same.
 """
 
 import dataclasses
@@ -28,7 +28,9 @@ from mmalign_jax.data.device import to_device
 from mmalign_jax.data.loader import Loader, make_loader
 from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.hf.pretrained import Pretrained
+from mmalign_jax.report.console import Console
 from mmalign_jax.training.flops import Work, step_flops
+from mmalign_jax.training.kept_features import KeptFeatures
 from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.step import init_state, make_train_step
@@ -58,25 +60,33 @@ def matrix_rate() -> float:
     return 2 * _MATRIX**3 / statistics.median(seconds)
 
 
-def loader_of(workload: PairWorkload, policy: Pretrained, *, shared: bool = False) -> Loader:
-    """Batches as a training run has them: read, decoded and laid out beside the step."""
+def loader_of(workload: PairWorkload, policy: Pretrained, *, shared: bool = False, features: Path | None = None) -> Loader:
+    """Batches as a training run has them: read, decoded and laid out beside the step.
+
+    Args:
+      features: directory of the tower's features, which are made first.
+    """
     records = [record_of(number, pair) for number, pair in enumerate(workload.pairs)]
     plan = plan_rows(records, policy.processor, DataConfig(), answers=2)
-    devices = mesh_lib.batch_divisor(policy.mesh) if shared else 0
-    return make_loader(records, policy.processor, plan, batch_size=workload.shape.batch, devices=devices, order="by_image")
+    options = {"devices": mesh_lib.batch_divisor(policy.mesh) if shared else 0, "order": "by_image"}
+    if features is not None:
+        make = KeptFeatures(features, policy, policy.model.dtype, workload.shape.batch, DataConfig().workers, Console(enabled=False))
+        options["features"] = make(records, plan)
+    return make_loader(records, policy.processor, plan, batch_size=workload.shape.batch, **options)
 
 
-def runner(workload: PairWorkload, form: str = "") -> tuple[dict, Callable[[dict], dict]]:
+def runner(workload: PairWorkload, form: str = "", directory: Path | None = None) -> tuple[dict, Callable[[dict], dict]]:
     """What the side says of itself, and what answers requests `{"steps": n}` and `{"batches": n}`. The model is loaded.
 
     Args:
-      form: "", "naive" or "unshared".
+      form: "", "naive", "unshared" or "features".
+      directory: receives features.
     """
     naive = form == "naive"
     objective = losses.build(workload.objective, beta=workload.beta)
     objective = dataclasses.replace(objective, reference_free=workload.reference == "none")
     policy = Pretrained.read(Path(workload.model), mesh_lib.make_mesh(), "auto")
-    loader = loader_of(workload, policy, shared=not form)
+    loader = loader_of(workload, policy, shared=form in ("", "features"), features=directory / "features" if form == "features" else None)
     loss = (SeparateRows if naive else LossFunction)(policy.model, objective)
     rule, settings = Trainable(frozenset(_FROZEN)), OptimizerConfig(learning_rate=workload.learning_rate, schedule="constant")
     optimizer, live = make_optimizer(settings, 1 << 20), loss.reads_reference
@@ -131,7 +141,8 @@ def main() -> None:
     # transformers, of which the tokenizer is, loads torch wherever it is installed; this side does without
     sys.modules |= dict.fromkeys(("torch", "torchvision"))
     imported = peak_bytes()
-    ready, answer = runner(PairWorkload.read(Path(sys.argv[1])), *sys.argv[2:])
+    directory, form = Path(sys.argv[1]), "".join(sys.argv[2:])
+    ready, answer = runner(PairWorkload.read(directory), form, directory)
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
     serve(ready | {"imported_bytes": imported, "versions": versions}, answer)
 

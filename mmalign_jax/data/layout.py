@@ -173,14 +173,19 @@ def lay_out(
 
 def lay_out_pictures(record: PreferenceRecord, processor: RowProcessor, layout: RowLayout, row: RowTokens) -> dict[str, Any]:
     """The part of `lay_out` that the vision tower reads: `images`, and `patches` where it takes pictures of any size."""
-    extra: dict[str, Any] = {}
-    if layout.patch_slots:
-        sizes = {"slots": layout.patch_slots, "tiles": layout.images, "canvas": layout.canvas}
-        extra["patches"] = media_lib.patches(row.expansions, processor.traits, **sizes)
     limits = {"max_pixels": layout.max_pixels, "max_bytes": layout.max_bytes}
     media = [record.media[index] for index in row.media]
     place, sizes = place_of(record), {"tiles": layout.images, "canvas": layout.canvas}
-    return {"images": media_lib.pixels(media, row.expansions, processor.pictures, place, **sizes, **limits), **extra}
+    images = media_lib.pixels(media, row.expansions, processor.pictures, place, **sizes, **limits)
+    return {"images": images, **lay_out_patches(processor, layout, row)}
+
+
+def lay_out_patches(processor: RowProcessor, layout: RowLayout, row: RowTokens) -> dict[str, Any]:
+    """`patches` of a row where pictures have any size, else nothing; no picture is decoded."""
+    if not layout.patch_slots:
+        return {}
+    sizes = {"slots": layout.patch_slots, "tiles": layout.images, "canvas": layout.canvas}
+    return {"patches": media_lib.patches(row.expansions, processor.traits, **sizes)}
 
 
 def lay_out_tokens(

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from mmalign_jax.data.buckets import TrainingOrder
+from mmalign_jax.data.features import RowFeatures
 from mmalign_jax.data.layout import RowLayout, RowProcessor, lay_out_pictures, lay_out_tokens, tokenize
 from mmalign_jax.data.packed_rows import PackedPlace, PackedRows
 from mmalign_jax.data.packing import Chosen, Cost, PackedShape
@@ -31,7 +32,8 @@ Extra = Callable[[int, RowLayout], dict[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class _LayOut:
-    """Number of an item -> row, with its pictures or without. Reading and decoding happen here, on Grain's threads."""
+    """Number of an item -> row, with its pictures (or what the tower makes of them) or without. Reading and decoding happen here, on Grain's
+    threads."""
 
     records: Records
     processor: RowProcessor
@@ -39,13 +41,16 @@ class _LayOut:
     layouts: Sequence[RowLayout]
     layout_of: np.ndarray  # number of the layout of each item
     extras: Sequence[Extra] = ()
+    features: RowFeatures | None = None
 
     @classmethod
-    def by_bucket(cls, records: Records, processor: RowProcessor, plan: RowPlan, extras: Sequence[Extra]) -> "_LayOut":
+    def by_bucket(
+        cls, records: Records, processor: RowProcessor, plan: RowPlan, extras: Sequence[Extra], features: RowFeatures | None
+    ) -> "_LayOut":
         layout_of = np.zeros(len(plan.items), np.int32)
         for number, bucket in enumerate(plan.buckets):
             layout_of[bucket.members] = number
-        return cls(records, processor, plan, [bucket.layout for bucket in plan.buckets], layout_of, extras)
+        return cls(records, processor, plan, [bucket.layout for bucket in plan.buckets], layout_of, extras, features)
 
     @classmethod
     def in_one(cls, records: Records, processor: RowProcessor, plan: RowPlan, extras: Sequence[Extra]) -> "_LayOut":
@@ -59,7 +64,7 @@ class _LayOut:
         tokens = known or tokenize(record, choice, self.processor, layout.answers, **limits)
         row = lay_out_tokens(record, choice, self.processor, layout, tokens)
         if pictures:
-            row |= lay_out_pictures(record, self.processor, layout, tokens)
+            row |= (self.features or lay_out_pictures)(record, self.processor, layout, tokens)
         for extra in self.extras:
             row |= extra(number, layout)
         return {**row, "layout": self.layout_of[number]}
@@ -139,6 +144,7 @@ def make_loader(
     extras: Sequence[Extra] = (),
     devices: int = 0,
     order: str = "shuffled",
+    features: RowFeatures | None = None,
     packed: Cost | None = None,
 ) -> Loader:
     """The training loader over `plan.items`.
@@ -151,6 +157,7 @@ def make_loader(
       extras: what else rows hold.
       devices: of one process, that rows are split over; the rows of a device share pictures. 0: every row has its own.
       order: "shuffled", or "by_image": rows that show the same pictures follow one another.
+      features: rows hold these in the place of pixels.
       packed: what the rows of a device cost, by which the shapes of rows with several pairs are chosen; None: a row is a pair. The plan then has
         one layout, and a process has devices.
 
@@ -175,7 +182,7 @@ def make_loader(
     depends += plan.pictures.astype("<i4").tobytes() if by_image else b""
     buckets = hashlib.sha256(depends).hexdigest()[:16]
     identity = {"seed": seed, "items": len(plan.items), "batch_size": batch_size, "buckets": buckets}
-    return Loader(rows, _LayOut.by_bucket(records, processor, plan, extras), split, workers, identity)
+    return Loader(rows, _LayOut.by_bucket(records, processor, plan, extras, features), split, workers, identity)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,20 +241,21 @@ def bucket_pass(
     workers: int = 4,
     extras: Sequence[Extra] = (),
     devices: int = 0,
+    features: RowFeatures | None = None,
 ) -> Iterator[tuple[PairBatch, np.ndarray]]:
     """The items `numbers i[n]` of one bucket once and in order, laid out as training does: batches `[b, ...]`, and `i32[b]`, each row's number.
 
     The last batch is filled with copies of the last row, whose number is -1. Process p of n gets the p-th of n runs of rows of each batch.
 
     Args:
-      devices: of one process, see `make_loader`.
+      devices: of one process, see `make_loader`; so is `features`.
 
     Raises:
       UserError: `process_count` does not divide `batch_size`.
     """
     if batch_size % process_count:
         raise UserError(f"batch_size: {batch_size} is not a multiple of the {process_count} processes")
-    lay, last = _LayOut.by_bucket(records, processor, plan, extras), len(numbers) - 1
+    lay, last = _LayOut.by_bucket(records, processor, plan, extras, features), len(numbers) - 1
     of_batch = lambda step: np.asarray(numbers)[np.minimum(step * batch_size + np.arange(batch_size), last)]  # noqa: E731
     batches = -(-len(numbers) // batch_size)
     own = OwnRows(of_batch, plan.pictures, Split(batch_size, 1, process_count, devices), process_index, tried=batches)
@@ -270,4 +278,4 @@ def _batch(arrays: dict[str, Any], layouts: Sequence[RowLayout | PackedShape]) -
     """The batch of rows that were all laid out by one of the layouts, `arrays["layout"]`."""
     layout = layouts[int(arrays.pop("layout").flat[0])]
     slots = {"prefix_slots": layout.prefix_slots, "answer_slots": layout.answer_slots}
-    return PairBatch(**arrays, **slots, longest=layout.longest if isinstance(layout, PackedShape) else None)
+    return PairBatch(**{"images": None} | arrays, **slots, longest=layout.longest if isinstance(layout, PackedShape) else None)

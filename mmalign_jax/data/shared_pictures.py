@@ -20,7 +20,7 @@ MOST_SIZES = 3  # each is compiled by itself
 WORTH = 0.05  # least share of the pictures that another size must save
 TRIED_ROWS, TRIED_STEPS = 8192, 256  # of the training order, to find the sizes
 
-PICTURES = ("images", "patches")  # fields of `types.PairBatch` that the tower reads
+PICTURES = ("images", "patches", "features")  # fields of `types.PairBatch` that hold pictures, or what the tower makes of them
 
 
 def digest(media: Iterable[Media]) -> bytes:

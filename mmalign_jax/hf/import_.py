@@ -1,6 +1,7 @@
 """A Hugging Face directory as a config and a parameter tree, every tensor read straight into its sharding."""
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -108,6 +109,21 @@ def _streamed(tensors: Iterator[np.ndarray], layers: int, sharding: jax.sharding
             stack = jnp.zeros((layers, *one.shape), one.dtype, device=sharding)
         stack = put(stack, one, number)
     return stack
+
+
+def part_hash(directory: str | pathlib.Path, config: MllmConfig, part: str) -> str:
+    """SHA-256 of the tensors of one part of the tree as they are stored, whatever layout of names and files they are in.
+
+    Raises:
+      UserError, DataError: see `load_params`.
+    """
+    table, directory = families.of(config).names(config), pathlib.Path(directory)
+    found, digest = match_table(open_weights(directory), table, directory), hashlib.sha256()
+    for name in (name for entry in table.entries if entry.path[0] == part for name in entry.names):
+        tensor = found[name][1]
+        digest.update(f"{name} {tensor.dtype.name} {tensor.shape}|".encode())
+        digest.update(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def match(weights: Mapping[str, Tensor], config: MllmConfig, directory: pathlib.Path) -> dict[str, tuple[str, Tensor]]:

@@ -107,6 +107,13 @@ class Objective:
         corrupted = {Need.OTHER_IMAGE, Need.SELF_REJECTED} & self.needs
         return str(self.hyperparameters["view"]) if corrupted else ""
 
+    @property
+    def other_pictures(self) -> str:
+        """Which pictures beside a row's own it sees, in words; "" where there are none."""
+        if self.view:
+            return f"corrupted pictures ({self.view})"
+        return "black pictures" if Need.NO_IMAGE in self.needs else ""
+
     def __call__(self, stats: BranchStats) -> tuple[PerPair, Metrics]:
         """Losses `[B]` and metrics (means over the batch) in float32. No gradient reaches the reference or the metrics.
 

@@ -231,6 +231,16 @@ class MllmConfig:
         return max(layer if layer >= 0 else self.vision.layers + 1 + layer for layer in self.feature_layers)
 
     @property
+    def tower_tile(self) -> int:
+        """Features of the tower of one tile, before the connector; 0 where pictures have any size and each patch has one."""
+        return self.vision.patches + int(self.keep_class_token) if self.vision.image_size else 0
+
+    @property
+    def tower_width(self) -> int:
+        """Z of the tower's features: its hidden states that are concatenated."""
+        return self.vision.width * (len(self.feature_layers) + len(self.vision.taps))
+
+    @property
     def feature_parts(self) -> int:
         """Decoder inputs that one image feature holds side by side: its own, and one for each tap of the tower."""
         return 1 + len(self.vision.taps)

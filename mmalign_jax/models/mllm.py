@@ -73,8 +73,19 @@ class Mllm:
             if patches is not None:
                 # canvases are far larger than what is seen of them, and uint8 so far
                 images = take_patches(images, patches, self.config.vision.patch_size)
-            pixels = (images.astype(jnp.float32) / 255.0 - jnp.array(self.pixel_mean)) / jnp.array(self.pixel_std)
-            return VisionTower(self.config, self.remat).apply({"params": params["vision_tower"]}, pixels.astype(self.dtype), patches)
+            return self._see(params, images, patches)
+
+    def tower_of_black(self, params: dict, features: Float[Array, "I G Z"], patches: Patches | None = None) -> Float[Array, "I G Z"]:
+        """`tower` of black pictures in the place of those with these features. Tiles are alike, so each row's first is computed for all."""
+        v, sets = self.config.vision, features.shape[0]
+        with jax.named_scope("vision_of_black"):
+            if patches is not None:
+                taken = (sets, patches.index.shape[1], v.frames_per_patch * v.patch_size**2, 3)
+                return self._see(params, mesh.constrain(jnp.zeros(taken, jnp.uint8), "batch", None, None, None), patches)
+            tile = jnp.zeros((sets, 1, v.image_size, v.image_size, 3), jnp.uint8)
+            one = self._see(params, mesh.constrain(tile, "batch", None, None, None, None), None)
+            tiled = jnp.broadcast_to(one[:, None], (sets, features.shape[1] // one.shape[1], *one.shape[1:]))
+            return mesh.reshape(tiled, features.shape, "batch", None, None)
 
     def project(self, params: dict, features: Float[Array, "I G Z"]) -> Float[Array, "I F U"]:
         with jax.named_scope("projector"):
@@ -200,6 +211,11 @@ class Mllm:
         """A float32 number for every hidden state, of a model with a score head; see `models.score_head`."""
         with jax.named_scope("score_head"):
             return scores(params["score_head"], hidden)
+
+    def _see(self, params: dict, images: Array, patches: Patches | None) -> Float[Array, "I G Z"]:
+        """Tower features of tiles or of cut-out patches, whose pixels are in 0..255."""
+        pixels = (images.astype(jnp.float32) / 255.0 - jnp.array(self.pixel_mean)) / jnp.array(self.pixel_std)
+        return VisionTower(self.config, self.remat).apply({"params": params["vision_tower"]}, pixels.astype(self.dtype), patches)
 
     def _regions(self, prefix_slots: int, answer_slots: int, longest: tuple[int, int] | None) -> Regions:
         return Regions(prefix_slots, answer_slots, self.config.decoder.bidirectional == "none", longest)

@@ -37,5 +37,6 @@ def with_own_pictures(batch: PairBatch) -> PairBatch:
     """The rows `[B]`, each with pictures of its own: what is drawn for a row must not be seen by another."""
     if batch.picture is None:
         return batch
-    images, patches = jax.tree.map(lambda values: of_rows(values, batch.picture), (batch.images, batch.patches))
-    return dataclasses.replace(batch, images=images, patches=patches, picture=None)
+    held = (batch.images, batch.patches, batch.features)
+    images, patches, features = jax.tree.map(lambda values: of_rows(values, batch.picture), held)
+    return dataclasses.replace(batch, images=images, patches=patches, features=features, picture=None)

@@ -15,17 +15,37 @@ from mmalign_jax.types import Patches
 # B M N: rows are split over the mesh. M counts tiles, or attention windows of pictures of any size; tokens are seen within one.
 _ROWS = ("batch", None, None)
 _NEVER = -1e30
+_QUERIES, _BLOCKS = 192, 8  # of a block, about; of a picture, at most
 
 
 def norm(config: VisionConfig, name: str) -> nn.Module:
     return RMSNorm(config.norm_eps, name=name) if config.norm == "rms" else LayerNorm(config.norm_eps, name=name)
 
 
-def attend(query: Array, key: Array, value: Array, mask: Bool[Array, "B M #N N"] | None) -> Array:
-    scores = jnp.einsum("bmqhe,bmkhe->bmhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+def attend(
+    query: Float[Array, "B M Q H E"], key: Float[Array, "B M N H E"], value: Float[Array, "B M N H E"], mask: Bool[Array, "_B M #Q N"] | None
+) -> Float[Array, "B M Q H E"]:
+    """Exact attention within tiles or windows, a block of queries at a time; softmax in float32.
+
+    Scores of one block exist at a time, and the backward pass computes them again: none of a whole picture are kept.
+    """
+    # heads before slots, once: blocks are then cut out of what lies side by side
+    query, key, value = (x.swapaxes(2, 3) for x in (query, key, value))
+    block = jax.checkpoint(_attend_block, prevent_cse=False)  # no matter in a scan over layers
+    slots = query.shape[3]
+    size = -(-slots // min(max(slots // _QUERIES, 1), _BLOCKS))
+    mixed = []
+    for start in range(0, slots, size):
+        here = slice(start, start + size)
+        mixed.append(block(query[..., here, :], key, value, mask if mask is None or mask.shape[2] == 1 else mask[:, :, here]))
+    return jnp.concatenate(mixed, axis=3).swapaxes(2, 3)
+
+
+def _attend_block(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    scores = jnp.einsum("bmhqe,bmhke->bmhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, _NEVER)
-    return jnp.einsum("bmhqk,bmkhe->bmqhe", jax.nn.softmax(scores, axis=-1).astype(value.dtype), value)
+    return jnp.einsum("bmhqk,bmhke->bmhqe", jax.nn.softmax(scores, axis=-1).astype(value.dtype), value)
 
 
 class Attention(nn.Module):

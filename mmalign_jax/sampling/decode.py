@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from mmalign_jax import mesh
 from mmalign_jax.models.mllm import Mllm, Prefill
+from mmalign_jax.sampling.draw import draw
 from mmalign_jax.sampling.stop_strings import StopStrings
 from mmalign_jax.types import PREFIX, PairBatch
 
@@ -154,30 +155,10 @@ class Marks:
         self, logits: Float[Array, "B S V"], keys: Array, step: Int[Array, ""] | Int[Array, "B S"], options: DecodeOptions
     ) -> Int[Array, "B S"]:
         """A token of each lane, drawn under its key (`lane_keys`) for the token's number in the lane, `step`."""
-        return _draw(jnp.where(self.banned, -jnp.inf, logits), keys, step, options)
+        chosen = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+        return draw(jnp.where(self.banned, -jnp.inf, logits), keys, step, **chosen)
 
 
 def _logp(logits: Float[Array, "B S V"], chosen: Int[Array, "B S"]) -> Float[Array, "B S"]:
     label = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0]
     return label - jax.nn.logsumexp(logits, axis=-1)
-
-
-def _draw(logits: Float[Array, "B S V"], keys: Array, step: Int[Array, ""] | Int[Array, "B S"], options: DecodeOptions) -> Int[Array, "B S"]:
-    if options.temperature == 0.0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / options.temperature
-    if 0 < options.top_k < logits.shape[-1]:
-        least = jax.lax.top_k(logits, options.top_k)[0][..., -1:]
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    if options.top_p < 1.0:
-        order = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1) - jax.nn.softmax(order, axis=-1)
-        threshold = jnp.min(jnp.where(before < options.top_p, order, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < threshold, -jnp.inf, logits)
-    # not broadcast_to, which does not have the keys' sharding
-    steps = jax.random.key_data(keys)[..., 0] * 0 + jnp.asarray(step).astype(jnp.uint32)
-    step_keys = jax.vmap(jax.vmap(jax.random.fold_in))(keys, steps)
-    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], logits.dtype)))(step_keys)
-    noisy = noise + logits
-    # what jax.random.categorical draws; in two reductions, since on a CPU an argmax that noise is fused into takes three times as long
-    return jnp.argmax(noisy == jnp.max(noisy, axis=-1, keepdims=True), axis=-1).astype(jnp.int32)

@@ -92,12 +92,8 @@ def begin(
     view, position, turning = model.lane_view(batch, start.slot, visible)
     marks = Marks.of(options, model.config.decoder.vocab_size)
 
-    def first_of(slot: Int[Array, " B"], keys: Array) -> Int[Array, " B"]:
-        hidden = _at(prefill.hidden, slot)[:, None]
-        return marks.draw(model.logits(params, hidden), keys[:, None], jnp.zeros_like(slot)[:, None], options)[:, 0]
-
-    # a lane after the other: the logits of all of them at once are the largest array of all
-    first = jnp.stack([first_of(start.slot[:, lane], keys[:, lane]) for lane in range(lanes)], axis=1)
+    hidden = jax.vmap(lambda values, slot: values[slot])(prefill.hidden, start.slot)
+    first = marks.draw(model.logits(params, hidden), keys, jnp.zeros_like(start.slot), options)
     ends = marks.stop(first) & start.active
     goes_on = start.active & ~ends & (options.max_new_tokens > 1)
     # the next lane that goes on, from the last lane back

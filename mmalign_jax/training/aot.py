@@ -167,6 +167,7 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, objective: lo
         axes = (None, "batch") + (None,) * len(shape)
         return jax.ShapeDtypeStruct((*lead, *shape), dtype, sharding=mesh_lib.sharding(mesh, *axes))
 
+    kept = jnp.dtype(mesh_lib.compute_dtype(config.model.compute_dtype, "tpu")) if config.features.cache else None
     sampled, cached = Need.SAMPLED in objective.needs, kind.kind == "cached"
     # what `samples` draws, unless the rows are those of a set with limits of their own
     answers = config.samples.count if sampled or objective.reads == "groups" else objective.answers
@@ -177,7 +178,7 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, objective: lo
         tokens=array(row, jnp.int32),
         role=array(row, jnp.int8),
         positions=array(row, jnp.int32),
-        images=array((tiles, side, side, 3), jnp.uint8),
+        images=None if kept else array((tiles, side, side, 3), jnp.uint8),
         image_index=array(row, jnp.int32),
         token_weight=array(row, jnp.float32),
         record_key=array((), jnp.uint32),
@@ -191,6 +192,7 @@ def _abstract_batch(config: Config, sizes: MllmConfig, mesh: Mesh, objective: lo
         other_images=array((tiles, side, side, 3), jnp.uint8) if other else None,
         reference_logps=array(row, jnp.float32) if cached else None,
         reference_other_logps=array((objective.other_answers * answer,), jnp.float32) if cached and objective.other_answers else None,
+        features=array((tiles * sizes.tower_tile, sizes.tower_width), kept) if kept else None,
         sampled=Sampled(*(array(shape, jnp.float32) for shape in ((answers,), (), ()))) if sampled else None,
     )
     one_answer = {"changed": None, "other_images": None, "reference_logps": None, "reference_other_logps": None}

@@ -21,7 +21,14 @@ class Side:
     params: dict
 
     def tower(self, batch: PairBatch) -> Float[Array, "I F Z"]:
-        return self.model.tower(self.params, batch.images, batch.patches)
+        """Tower features of the rows' pictures: computed, unless the rows bring them."""
+        return self.model.tower(self.params, batch.images, batch.patches) if batch.features is None else batch.features
+
+    def blind(self, batch: PairBatch) -> PairBatch:
+        """The rows with black pictures. Where rows bring features, those of black pictures are computed."""
+        if batch.features is None:
+            return batch.with_images(jnp.zeros_like(batch.images))
+        return dataclasses.replace(batch, features=self.model.tower_of_black(self.params, batch.features, batch.patches))
 
     def hidden(self, tower: Float[Array, "I F Z"], batch: PairBatch) -> Float[Array, "B T D"]:
         """Last hidden states of packed rows, from the tower's features of their images."""

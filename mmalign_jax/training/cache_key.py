@@ -1,4 +1,4 @@
-"""What a cached reference was computed from, field by field, so that a cache that does not fit any more says why."""
+"""What a cached reference, or a tower's features, were computed from, field by field, so that a cache that does not fit any more says why."""
 
 import concurrent.futures
 import dataclasses
@@ -18,12 +18,14 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.files import read_json
 from mmalign_jax.hf.adapters import WEIGHTS
 from mmalign_jax.hf.export import MARKER
+from mmalign_jax.hf.import_ import part_hash
 from mmalign_jax.hf.pictures import Expansion, Pictures
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.hf.safetensors_dir import open_weights
 from mmalign_jax.types import PreferenceRecord, answers_of
 
 SCHEMA = 1  # raised whenever the same inputs give other log-probs, or other files, than before
+TOWER_SCHEMA = 1  # likewise of features
 
 # Small files of a model directory: tokenizer, processor, end tokens. Sizes are the field `model`, the template a field of its own
 _SMALL_FILES = (".json", ".txt", ".model")
@@ -56,6 +58,26 @@ def model_key(policy: Pretrained, reference_dtype: str) -> dict[str, Any]:
         "resolution": resolution(policy.processor.pictures),
         "compute_dtype": policy.model.dtype,
         "reference_dtype": reference_dtype,
+        "platform": jax.default_backend(),
+    })  # fmt: skip
+
+
+def tower_key(policy: Pretrained, tower_dtype: str) -> dict[str, Any]:
+    """The fields of a frozen tower's features of a picture: the tower by its values, what pictures become, and how it is computed.
+
+    Args:
+      tower_dtype: type in which the tower's parameters are kept.
+    """
+    sizes, pictures = policy.sizes, policy.processor.pictures
+    return _plain({
+        "schema": TOWER_SCHEMA,
+        "weights": part_hash(policy.path, sizes, "vision_tower"),
+        "tower": dataclasses.asdict(sizes.vision) | {"feature_layers": sizes.feature_layers, "class_token_kept": sizes.keep_class_token},
+        "processor": {name: value for name, value in _processor_files(policy.path).items() if "processor" in name},
+        "pictures": {"kind": type(pictures).__name__, "mean": pictures.mean, "std": pictures.std},
+        "resolution": resolution(pictures),
+        "compute_dtype": policy.model.dtype,
+        "tower_dtype": tower_dtype,
         "platform": jax.default_backend(),
     })  # fmt: skip
 

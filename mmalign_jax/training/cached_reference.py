@@ -15,6 +15,7 @@ from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.config import Config
 from mmalign_jax.data.cached_logps import KEY, CachedLogps
 from mmalign_jax.data.device import process_slice, to_device
+from mmalign_jax.data.features import RowFeatures
 from mmalign_jax.data.loader import Extra, bucket_pass
 from mmalign_jax.data.logps_writer import LogpsWriter
 from mmalign_jax.data.plan import Records, RowPlan
@@ -41,6 +42,7 @@ class CachedReference:
       directory: of the cache; runs with the same key may share it.
       policy: the model that training starts from.
       loss: says which answers, under which images.
+      features: rows hold these in the place of pixels.
     """
 
     config: Config
@@ -48,6 +50,7 @@ class CachedReference:
     policy: Pretrained
     loss: LossFunction
     console: Console
+    features: RowFeatures | None = None
 
     def __call__(self, records: Records, plan: RowPlan, extras: Sequence[Extra] = ()) -> list[Extra]:
         """What the training loader adds to its rows. No parameter stays in memory.
@@ -114,7 +117,7 @@ class CachedReference:
         """
         directory, first = self.directory / part.name, jax.process_index() == 0
         if not first:
-            done = _from_first(np.zeros(len(plan.items), bool))
+            done = from_first(np.zeros(len(plan.items), bool))
             self._compute(part, done, records, plan, extras, sides, lambda *_: None)
             multihost_utils.sync_global_devices(f"mmalign_jax.cached_reference.{part.name}")
             return
@@ -122,14 +125,14 @@ class CachedReference:
         with claimed(directory, waiting):
             if self._open(part, digests, records) is None:
                 writer = LogpsWriter(directory, part.key, (len(plan.items), part.answers))
-                done = _from_first(writer.done)
+                done = from_first(writer.done)
                 if done.any():
                     self.console.line(f"Going on: the log-probs of {int(done.sum())} of {len(done)} rows are there")
                 self._compute(part, done.copy(), records, plan, extras, sides, writer.add)
                 writer.finish(digests)
             else:  # another run, or an earlier one of several processes, has made it
                 self.console.line(f"Reference log-probs{part.words}: those in {directory} are reused")
-                _from_first(np.ones(len(plan.items), bool))
+                from_first(np.ones(len(plan.items), bool))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"mmalign_jax.cached_reference.{part.name}")
 
@@ -153,6 +156,7 @@ class CachedReference:
         rows = mesh_lib.batch_rows(mesh, rows)
         index, count = process_slice(mesh)
         options = {"batch_size": rows, "process_index": index, "process_count": count, "workers": c.data.workers, "extras": extras}
+        options["features"] = self.features
         options["devices"] = mesh_lib.batch_divisor(mesh) // count
         run = jax.jit(part.program(sides[0].model))
         with self.console.phase(f"Computing the reference's log-probs{part.words}") as progress, jax.set_mesh(mesh):
@@ -200,7 +204,7 @@ class _Part:
         return run
 
 
-def _from_first(done: Bool[np.ndarray, " items"]) -> Bool[np.ndarray, " items"]:
+def from_first(done: Bool[np.ndarray, " items"]) -> Bool[np.ndarray, " items"]:
     """What the first process has."""
     if jax.process_count() == 1:
         return done

@@ -52,16 +52,17 @@ class Work:
 def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Collection[str]) -> float:
     """FLOPs of one step over all rows, recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
 
-    Rows count, of however many pairs. Pictures that rows share count once; under a view, each row has its own. Slots are counted as they are
-    computed, padding too, and so are products of queries and keys. Frozen weights need no gradient of their own, only carry that of what trains
-    in and below them. Low-rank factors themselves are not counted: about 2 rank / width of their linears.
+    Rows count, of however many pairs. Pictures that rows share count once, and not at all where rows bring the tower's features; under a view,
+    each row has its own. Slots are counted as they are computed, padding too, and so are products of queries and keys. Frozen weights need no
+    gradient of their own, only carry that of what trains in and below them. Low-rank factors themselves are not counted: about 2 rank / width of
+    their linears.
 
     Args:
       freeze: parts whose own weights do not train. `config.lora` says which have factors that do.
     """
-    c, v = config.decoder, config.vision
+    c = config.decoder
     rows = batch.tokens.size // batch.tokens.shape[-1]
-    pictures = math.prod(batch.images.shape[:-4])
+    pictures = 0 if batch.images is None else math.prod(batch.images.shape[:-4])
     layer = 2 * c.width * c.head_width * (c.heads + c.kv_heads) + 3 * c.width * c.mlp_width
     training = {"vision_tower", "projector", "decoder"} - set(freeze) | set(config.lora)
     backward = 4 if "decoder" not in freeze else 2 if training else 0
@@ -76,7 +77,26 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
         head = answers * batch.answer_slots * c.width * c.vocab_size if work.vocabulary else 0
         return passes * (slots * c.layers * layer + attention + head)
 
-    tower_layer = 4 * v.width * v.width + (3 if v.gated else 2) * v.width * v.mlp_width
+    tower = _tower(config, batch)
+    # the features of a tower of which nothing trains serve policy and reference
+    if "vision_tower" in training:
+        of_tower = 2 + (4 if "vision_tower" not in freeze else 2) + theirs
+    else:
+        of_tower = 2
+    more = work.more_answers
+    total = rows * decoder(batch.answers + more, passes) + pictures * of_tower * tower
+    others = ((work.other_answers, passes, rows * of_tower), (work.blind_answers, 2 + theirs, pictures * 2))
+    for answers, times, tower_times in others:
+        if answers:
+            total += rows * decoder(answers, times) + tower_times * tower
+    return float(total)
+
+
+def _tower(config: MllmConfig, batch: PairBatch) -> float:
+    """Products of the tower's pass over one row's pictures; 0 where rows bring its features."""
+    v = config.vision
+    if batch.images is None:
+        return 0.0
     if batch.patches is None:
         patches, tiles = v.patches, batch.images.shape[-4]
         tokens = seen = patches + int(v.class_token)
@@ -87,21 +107,10 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
             # the layers that see whole pictures, and those that see a window
             full = len(v.full_layers) / v.layers
             seen = full * tokens + (1 - full) * v.window_slots
-    tower = tokens * config.used_vision_layers * (tower_layer + 2 * seen * v.width)
+    layer = 4 * v.width * v.width + (3 if v.gated else 2) * v.width * v.mlp_width
+    tower = tokens * config.used_vision_layers * (layer + 2 * seen * v.width)
     tower += patches * 3 * v.frames_per_patch * v.patch_size**2 * v.width
-    # the features of a tower of which nothing trains serve policy and reference
-    if "vision_tower" in training:
-        of_tower = 2 + (4 if "vision_tower" not in freeze else 2) + theirs
-    else:
-        of_tower = 2
-    tower *= tiles
-    more = work.more_answers
-    total = rows * decoder(batch.answers + more, passes) + pictures * of_tower * tower
-    others = ((work.other_answers, passes, rows * of_tower), (work.blind_answers, 2 + theirs, pictures * 2))
-    for answers, times, tower_times in others:
-        if answers:
-            total += rows * decoder(answers, times) + tower_times * tower
-    return float(total)
+    return tiles * tower
 
 
 def mfu(flops: float, seconds: float) -> float | None:

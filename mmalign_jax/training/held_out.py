@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.data.device import process_slice, to_device
+from mmalign_jax.data.features import RowFeatures
 from mmalign_jax.data.layout import RowProcessor
 from mmalign_jax.data.loader import Extra, bucket_pass
 from mmalign_jax.data.plan import Records, RowPlan
@@ -33,17 +34,19 @@ class HeldOut:
         batch_size: int,
         workers: int,
         extras: Sequence[Extra] = (),
+        features: RowFeatures | None = None,
     ):
         """
         Args:
           loss: of the objective's comparing term alone (`Objective.compares`).
           batch_size: rows at a time.
           extras: what else rows hold.
+          features: rows hold these in the place of pixels.
         """
         self._records, self._processor, self._plan, self._mesh = records, processor, plan, mesh
         index, count = process_slice(mesh)
         rows = {"batch_size": mesh_lib.batch_rows(mesh, batch_size), "process_index": index, "process_count": count}
-        self._options = rows | {"workers": workers, "extras": extras, "devices": mesh_lib.batch_divisor(mesh) // count}
+        self._options = rows | {"workers": workers, "extras": extras, "features": features, "devices": mesh_lib.batch_divisor(mesh) // count}
         self._run = jax.jit(functools.partial(_rewards, loss))
 
     def __call__(self, params: dict, frozen: dict, reference: dict | None, key: Array) -> dict[str, Any]:

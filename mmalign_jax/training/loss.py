@@ -197,9 +197,8 @@ class _Pass:
 
     def no_image(self) -> AnswerLogps:
         """The answers under black images: what the policy would say blindly."""
-        blind = self._own_answers(self.loss.objective.answers)
-        blind = blind.with_images(jnp.zeros_like(blind.images))
         policy = self.policy.fixed()
+        blind = policy.blind(self._own_answers(self.loss.objective.answers))
         with jax.named_scope("policy_no_image"):
             features = self._features(policy, blind)
             tokens = policy.tokens(policy.hidden(features, blind), blind).logps

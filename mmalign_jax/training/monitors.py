@@ -66,7 +66,7 @@ class Monitor:
     def _with_and_without_image(
         self, policy: Side, theirs: Side | None, batch: PairBatch, features: Float[Array, "I F Z"], hidden: Float[Array, "B T D"]
     ) -> Metrics:
-        blind = batch.with_images(jnp.zeros_like(batch.images))
+        blind = policy.blind(batch)
         weight = batch.by_answer(batch.token_weight)
         seen = policy.tokens(hidden, batch, ("entropy",))
         blind_features = policy.tower(blind)

@@ -114,6 +114,13 @@ def test_a_long_prefix_is_full_of_tiles():
         tiles(**{"data.packed": True})
 
 
+def test_rows_with_the_towers_features_have_no_pixels():
+    mesh, sizes = make_mesh(), preset("llava-1.5-7b")
+    objective, live = losses.build("dpo"), Reference("live", lambda path: True)
+    batch = aot._abstract_batch(settings(**{"features.cache": "somewhere"}), sizes, mesh, objective, live)
+    assert batch.images is None and batch.features.shape == (1, 16, 576, 1024) and batch.features.dtype == "bfloat16"
+
+
 @pytest.mark.nightly
 def test_lora_keeps_the_base_once_and_trains_the_factors(replicated, sizes):
     """The state is the base in bfloat16, and factors of two layers and rank 8 with two moments; the reference is no copy."""

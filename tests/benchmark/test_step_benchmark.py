@@ -40,6 +40,7 @@ def workload(tmp_path_factory):
     return PairWorkload(str(model), SHAPE, make_pairs(directory, SHAPE, seed=1, vocabulary=512))
 
 
+@pytest.mark.nightly
 def test_both_forms_of_the_step_compute_the_same(workload):
     (ready, ours), (more, naive) = (step_ours.runner(workload, form) for form in ("", "naive"))
     assert ready["tokens_of_a_row"] == more["tokens_of_a_row"] + SHAPE.answer_words + 1  # one more answer, with its end
@@ -50,6 +51,15 @@ def test_both_forms_of_the_step_compute_the_same(workload):
     np.testing.assert_allclose(ours({"steps": 1})["logps_chosen"], naive({"steps": 1})["logps_chosen"], rtol=1e-5)
     assert 1.3 < more["flops"] / ready["flops"] < 2
     assert len(first["seconds"]) == len(first["input_wait"]) == 2 and first["matrix_flops_per_s"] > 0
+
+
+@pytest.mark.nightly
+def test_features_of_the_tower_make_the_same_step_of_fewer_flops(workload, tmp_path):
+    (ready, ours), (less, kept) = (step_ours.runner(workload, form, tmp_path) for form in ("", "features"))
+    one, other = ours({"steps": 1}), kept({"steps": 1})
+    np.testing.assert_allclose(other["logps_chosen"], one["logps_chosen"], rtol=1e-5)
+    np.testing.assert_allclose(other["loss"], one["loss"], rtol=1e-5)
+    assert less["flops"] < ready["flops"] and (tmp_path / "features/key.json").is_file()
 
 
 def test_rows_apart(workload):

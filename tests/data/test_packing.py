@@ -6,14 +6,17 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from helpers.rows import LetterProcessor, encoded, record
+from helpers.rows import LetterPictures, LetterProcessor, encoded, record
 
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data import packed_rows, packing
 from mmalign_jax.data.loader import make_loader
 from mmalign_jax.data.packing import Chosen, PackedShape, choose, deal, pack
 from mmalign_jax.data.plan import plan_rows
-from mmalign_jax.training.packed import in_words
+from mmalign_jax.errors import UserError
+from mmalign_jax.models.presets import preset
+from mmalign_jax.training.flops import Work
+from mmalign_jax.training.packed import cost_of, in_words
 from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX, Media, Response
 
 RANDOM = np.random.default_rng(0)
@@ -168,3 +171,17 @@ def test_a_step_that_fits_no_shape_takes_a_row_a_pair(monkeypatch):
     assert {batch.tokens.shape[1:] for batch in batches} == {(2, 408), (16, PLAN.layout.tokens)}
     alone = loader(None)
     assert all(pairs_of(batch) == pairs_of(separate(next(alone))) for batch in batches)
+
+
+class OfAnySize(LetterProcessor):
+    pictures = type("Pictures", (LetterPictures,), {"needs_size": True})()
+
+
+class Turning(LetterProcessor):
+    traits = dataclasses.replace(LetterProcessor.traits, mrope=True)
+
+
+@pytest.mark.parametrize(("processor", "message"), [(OfAnySize(), "pictures have any size"), (Turning(), "turn by time, row and column")])
+def test_models_whose_rows_cannot_be_shared_are_refused(processor, message):
+    with pytest.raises(UserError, match=f"config.data.packed: .*{message}"):
+        cost_of(preset("llava-1.5-7b"), processor, 2, work=Work(), freeze=())

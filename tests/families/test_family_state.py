@@ -57,6 +57,7 @@ def values(state: TrainState) -> dict:
     return jax.device_get(dataclasses.asdict(dataclasses.replace(state, key=jax.random.key_data(state.key))))
 
 
+@pytest.mark.nightly
 def test_saved_and_restored_equals_uninterrupted(steps, batches, tmp_path):
     shapes = [{tuple(leaf.shape for leaf in jax.tree.leaves(batch)) for batch in half} for half in (batches[:HALF], batches[HALF:])]
     # rows of both shapes on both sides, so that the position among the shapes matters, too

@@ -5,12 +5,14 @@ import re
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from helpers.checkpoints import tensors, tiny_llava
 from helpers.commands import ROOT, launch
 from helpers.rows import rlaif_row, write_parquet
 
 from mmalign_jax import config, config_files, pipeline
+from mmalign_jax.data.feature_store import FeatureStore
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.report import model_card
@@ -29,12 +31,13 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdir(base, tmp_path_factory):
-    """A run of two steps, a checkpoint after each, with scores as a run on the built-in world leaves them."""
+    """A run of two steps, a checkpoint after each, with scores as a run on the built-in world leaves them. Its steps read the tower's features."""
     file = write_parquet(tmp_path_factory.mktemp("data") / "set.parquet", [rlaif_row(number) for number in range(8)])
     workdir = tmp_path_factory.mktemp("runs") / "run"
     given = {
         "model.path": str(base), "data.path": file, "train.steps": 2, "train.batch_size": 8, "checkpoint.every": 1,
         "optimizer.learning_rate": 1e-3, "report.tensorboard": False, "report.gallery": 0, "objective.beta": 0.3,
+        "features.cache": str(workdir.parent / "features"),
     }  # fmt: skip
     assert pipeline.run(config.from_mapping(config_files.load(ROOT / "configs" / "base.py", given)), workdir) == 0
     return workdir
@@ -51,6 +54,14 @@ def test_the_run_leaves_a_card(workdir):
     assert front["library_name"] == "transformers" and front["pipeline_tag"] == "image-text-to-text" and "dpo" in front["tags"]
     assert "set.parquet (format auto), 8 records" in text and re.search(r"objective\.beta \| 0\.3 \|", text)
     assert "| steps | 2, of 8 rows each |" in text and "The run measured nothing." in text and "# Base" not in text
+
+
+def test_a_tower_whose_features_were_read_is_exported_as_it_was(workdir, base):
+    assert len(FeatureStore(workdir.parent / "features")) == 8
+    before, after = tensors(base), tensors(workdir / "export")
+    assert before.keys() == after.keys()
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert moved and not [name for name in moved if "vision_tower" in name] and [name for name in before if "vision_tower" in name]
 
 
 def test_the_newest_checkpoint_is_the_runs_export(workdir, tmp_path):

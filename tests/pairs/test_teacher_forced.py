@@ -91,6 +91,7 @@ def test_they_see_the_view_and_nothing_else(ask):
     assert ids(ask("argmax(identity)")) != ids(ask("argmax(identity)", other))
 
 
+@pytest.mark.nightly
 def test_they_are_of_seed_record_and_draw_alone(ask):
     noise = ids(ask("argmax"))
     assert [ids(ask("argmax", [one], rows=1))[0] for one in reversed(RECORDS)][::-1] == noise

@@ -13,7 +13,6 @@ from helpers.tiny import MIXED, Tiny, answer_sums, batch_of, prefill, quick_jit,
 
 from mmalign_jax.models.apart import are_apart, layers_apart
 from mmalign_jax.sampling import DecodeOptions, LaneStart, decode_lanes, lane_keys
-from mmalign_jax.sampling.decode import Marks
 from mmalign_jax.types import FIRST_ANSWER, PREFIX
 
 X = 12
@@ -81,14 +80,6 @@ def test_layers_apart_write_what_stacked_layers_write(request, name):
     stacked, found = write(tiny.params, batch), write(apart, batch)
     np.testing.assert_array_equal(found.tokens, stacked.tokens)
     np.testing.assert_allclose(found.logps, stacked.logps, rtol=2e-5, atol=1e-6)
-
-
-def test_draws_are_those_of_jax_random_categorical():
-    keys = lane_keys(jax.random.key(0), jnp.arange(64, dtype=jnp.uint32), jnp.zeros(64, jnp.int32), 2)
-    logits = 3 * jax.random.normal(jax.random.key(1), (64, 2, 50))
-    drawn = Marks.of(DecodeOptions(X), 50).draw(logits, keys, jnp.int32(5), DecodeOptions(X, temperature=1.0))
-    fold = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, 5)))
-    np.testing.assert_array_equal(drawn, jax.vmap(jax.vmap(jax.random.categorical))(fold(keys), logits))
 
 
 def test_keys_differ_by_seed_record_draw_and_lane():

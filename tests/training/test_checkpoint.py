@@ -104,7 +104,7 @@ def go_on(tiny, workdir, mesh, objective, batches, load, steps=SAVED_STEP, said=
     return train(settings(objective, steps), workdir, mesh, tiny.config, loss, load, batches, Console(said or io.StringIO()))
 
 
-@pytest.mark.parametrize("objective", ["simpo", "dpo"])
+@pytest.mark.parametrize("objective", [pytest.param("simpo", marks=pytest.mark.nightly), "dpo"])
 def test_resume_reads_no_weights_of_the_policy_and_holds_the_state_once(tiny, saved, objective, monkeypatch):
     workdir, expected = saved
     mesh, batches, asked, held = make_mesh(1, 8, 1), Batches(), [], []

@@ -78,6 +78,13 @@ def test_pictures_that_rows_share_count_once():
     np.testing.assert_allclose(with_other(four), with_other(shared))
 
 
+def test_a_tower_whose_features_rows_bring_does_not_count():
+    four = batch(4)
+    features = jax.ShapeDtypeStruct((1, 2, SIZES.tower_tile, SIZES.tower_width), np.float32)
+    brought = dataclasses.replace(four, images=None, features=features, picture=np.array([[[0, 0, 1, 1]]]))
+    assert flops(brought) == flops(batch(4, images=0))
+
+
 def test_rows_of_several_pairs_count_as_rows():
     """And their pictures once, however they are spread over the rows."""
     shape = PackedShape(rows=3, prefix_slots=2000, answer_slots=400, tiles=7, longest=(2000, 400))

@@ -68,7 +68,7 @@ class Edge:
         return jax.device_get(self._gradient(self.tiny.params, batch, row))
 
 
-@pytest.fixture(scope="module", params=["mdpo", "chip", "adpo"])
+@pytest.fixture(scope="module", params=["mdpo", pytest.param("chip", marks=pytest.mark.nightly), "adpo"])
 def edge(request, tiny, reference):
     return Edge(tiny, reference, request.param)
 
@@ -125,6 +125,7 @@ def test_the_view_is_that_of_the_objective(tiny, batch):
     np.testing.assert_allclose(run(batch).other_image.policy, outside.answers.policy[:, :1], rtol=1e-5)
 
 
+@pytest.mark.nightly
 def test_adversarial_pixels_carry_no_gradient_and_move_the_features(tiny, reference, batch):
     """AdPO's gradient is that of the same pixels given from outside: nothing flows through the search for them."""
     objective = losses.build("adpo")

@@ -113,6 +113,7 @@ def test_steps_lower_the_loss_and_keep_the_crops(step):
     np.testing.assert_allclose([m["learning_rate"] for m in seen], RATE * (1 - np.arange(6) / 10), rtol=1e-5)
 
 
+@pytest.mark.nightly
 def test_crops_depend_on_the_seed_and_by_choice_on_the_epoch(step, first):
     """With a policy that stays, the corrupted picture's log-probs differ by the crop alone."""
     rows = jax.tree.map(lambda x: x[0], step.batch)
