@@ -1,6 +1,7 @@
 """A run from data to export: every part is written to the run's directory when it is done, and not done again by the same command."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -297,8 +298,12 @@ class _Run:
         processor, sizes, answers = self.policy.processor, self.policy.sizes, plan.layout.answers
         work = Work.of(self.objective, live_reference=self.reference.kind in ("live", "adapter_off", "ema"))
         cost = cost_of(sizes, processor, answers, work=work, freeze=Trainable.of(c, sizes).frozen) if packed else None
-        loader = make_loader(records, processor, plan, **options, extras=extras, features=features, packed=cost)
-        if loader.packing is not None:
+        make = functools.partial(make_loader, records, processor, plan, **options, extras=extras, features=features, packed=cost)
+        if cost is None:
+            loader = make()
+        else:
+            with self.console.phase("Choosing the shapes of rows with several pairs"):
+                loader = make()
             for line in in_words(loader.packing, answers, self.policy.model.attention_of):
                 self.console.line(line)
         if len(loader.sizes) > 1:

@@ -46,6 +46,9 @@ def in_words(found: Chosen, answers: int, attention_of: Callable[[int, int, tupl
       attention_of: `Mllm.attention_of`.
     """
     one = found.shapes[-1]
+    if one.rows == 1:
+        yield "A device has one pair of each part of a step, so no pairs share a row (config.train.batch_size, config.train.accumulate)"
+        return
     yield (
         f"{one.rows} pairs of a device share rows: {found.empty:.0%} of the slots are empty, and a step takes {found.cost:.0%} of the FLOPs of rows "
         f"of one pair ({one.prefix_slots} + {answers} x {one.answer_slots} tokens)"

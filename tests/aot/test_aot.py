@@ -110,6 +110,8 @@ def test_a_long_prefix_is_full_of_tiles():
     assert tiles(**{"data.prefix_tokens": 3072}) == 5 and tiles(**{"data.prefix_tokens": 704}) == 1
     with pytest.raises(UserError, match="config.data.prefix_tokens: say how long"):
         tiles(**{"data.prefix_tokens": 0})
+    with pytest.raises(UserError, match="config.data.packed: how many slots .* follows from the data, which is not read here"):
+        tiles(**{"data.packed": True})
 
 
 def test_rows_with_the_towers_features_have_no_pixels():

@@ -2,7 +2,8 @@
 
 import pytest
 
-from mmalign_jax.benchmark.packing import SETS, analyse, best_fit
+from mmalign_jax.benchmark import packed_step
+from mmalign_jax.benchmark.packing import SETS, analyse, best_fit, packed
 from mmalign_jax.data.layout import RowSize
 from mmalign_jax.models.presets import preset
 
@@ -39,3 +40,22 @@ def test_the_sets_are_what_their_names_say(lengths):
     assert sizes == lengths.sizes(64, seed=1) != lengths.sizes(64, seed=2)
     found = analyse(sizes, preset(lengths.model), (1, 4))
     assert 1 < found.packed and 1 < found.flops[4] < found.flops[1] and 0 < found.empty[4] < found.empty[1] < 1
+
+
+def test_rows_of_several_pairs_as_training_makes_them():
+    """Less than rows of one pair, never less than no padding; and the same for one device with all pairs or two with half of them, about."""
+    sizes = SETS[4].sizes(64, seed=1)
+    found = analyse(sizes, MODEL, (1,), splits=((8, 1), (4, 2)))
+    for empty, flops in found.ours.values():
+        assert 0 < empty < 0.6 and 1 < flops < 0.6 * found.flops[1]
+    chosen = packed(sizes, MODEL, 8, 1)
+    assert found.ours[8, 1] == (chosen.empty, pytest.approx(chosen.cost * found.flops[1], rel=0.05))
+
+
+@pytest.mark.nightly
+def test_the_timed_sides_train_on_the_same_pairs(monkeypatch):
+    for name, value in {"PAIRS": 24, "BATCH": 4, "ROUNDS": 1, "STEPS": dict.fromkeys(packed_step.STEPS, 1), "_SHORTER": 16}.items():
+        monkeypatch.setattr(packed_step, name, value)
+    one, eight, several = packed_step.measure("mixed")
+    assert one.flops > several.flops > 0 and one.empty > several.empty
+    assert all(len(side.seconds) == 1 and side.programs == 1 for side in (one, eight, several))

@@ -6,13 +6,17 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from helpers.rows import LetterProcessor, encoded, record
+from helpers.rows import LetterPictures, LetterProcessor, encoded, record
 
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data import packed_rows, packing
 from mmalign_jax.data.loader import make_loader
 from mmalign_jax.data.packing import Chosen, PackedShape, choose, deal, pack
 from mmalign_jax.data.plan import plan_rows
+from mmalign_jax.errors import UserError
+from mmalign_jax.models.presets import preset
+from mmalign_jax.training.flops import Work
+from mmalign_jax.training.packed import cost_of, in_words
 from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX, Media, Response
 
 RANDOM = np.random.default_rng(0)
@@ -108,9 +112,15 @@ def test_shapes_hold_what_they_say_and_each_saves_enough():
     assert found.shapes[-1] == last and 1 < len(found.shapes) <= packing.MOST_SHAPES + 1 and sum(found.used) == pytest.approx(1)
     assert [cost(shape) for shape in found.shapes] == sorted(map(cost, found.shapes))
     assert found.cost < 0.6 and found.empty < 0.4
+    attention = lambda *slots: "blocks"  # noqa: E731
+    lines = list(in_words(found, 2, attention))
+    assert lines[0].startswith(f"8 pairs of a device share rows: {found.empty:.0%} of the slots are empty") and len(lines) == 1 + len(found.shapes)
     # one pair a device: there is nothing to share
     alone = choose(sizes[:, :, :1], tiles, dataclasses.replace(last, rows=1), cost)
     assert alone.shapes == (dataclasses.replace(last, rows=1),) and alone.cost >= 1
+    assert list(in_words(alone, 2, attention)) == [
+        "A device has one pair of each part of a step, so no pairs share a row (config.train.batch_size, config.train.accumulate)"
+    ]
 
 
 @pytest.mark.parametrize(("parts", "devices"), [(1, 2), (2, 2), (1, 1)])
@@ -161,3 +171,17 @@ def test_a_step_that_fits_no_shape_takes_a_row_a_pair(monkeypatch):
     assert {batch.tokens.shape[1:] for batch in batches} == {(2, 408), (16, PLAN.layout.tokens)}
     alone = loader(None)
     assert all(pairs_of(batch) == pairs_of(separate(next(alone))) for batch in batches)
+
+
+class OfAnySize(LetterProcessor):
+    pictures = type("Pictures", (LetterPictures,), {"needs_size": True})()
+
+
+class Turning(LetterProcessor):
+    traits = dataclasses.replace(LetterProcessor.traits, mrope=True)
+
+
+@pytest.mark.parametrize(("processor", "message"), [(OfAnySize(), "pictures have any size"), (Turning(), "turn by time, row and column")])
+def test_models_whose_rows_cannot_be_shared_are_refused(processor, message):
+    with pytest.raises(UserError, match=f"config.data.packed: .*{message}"):
+        cost_of(preset("llava-1.5-7b"), processor, 2, work=Work(), freeze=())
