@@ -215,6 +215,11 @@ class _Run:
         self._preflight(records, plan)
         if Need.MARGIN in self.objective.needs and not any(records[index].prefs[pref].margin for index, pref in plan.items.tolist()):
             raise UserError(f"config.objective.name: {self.objective.name} goes by the pairs' margins, and in this data set all are 0")
+        if self.objective.by_rank and any(pref >= 0 and records[index].prefs[pref].weight != 1.0 for index, pref in plan.items.tolist()):
+            raise UserError(
+                f"config.objective.name: {self.objective.name} sorts the losses of a step, so that none belongs to a pair, and pairs of this set "
+                "have weights other than 1; use another objective"
+            )
         cache = Path(c.reference.cache) if c.reference.cache else self.workdir / run_files.REFERENCE
         features = self.features and self.features(records, plan)
         extras = self._extras(records, plan, self.loss, cache, features)

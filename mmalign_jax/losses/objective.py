@@ -66,6 +66,11 @@ class Objective:
         return tuple(words for need, words in _ALONE.items() if need in self.needs)
 
     @property
+    def by_rank(self) -> bool:
+        """Whether losses come sorted over the step, so that no pair's weight can be told to any of them."""
+        return any(term.by_rank for _, term in self.terms)
+
+    @property
     def of_samples(self) -> bool:
         """Whether rows are groups of samples with rewards."""
         return Need.SAMPLED in self.needs

@@ -26,6 +26,7 @@ class Term(abc.ABC):
 
     label: ClassVar[str] = "term"
     of_pair: ClassVar[bool] = True  # false: it reads other rows, which the pair's weight does not concern
+    by_rank: ClassVar[bool] = False  # losses come sorted over the step, so that none belongs to a pair
     reads_logps: ClassVar[bool] = True
 
     @property
@@ -166,6 +167,7 @@ class Transport(Term):
     paired: bool = True
     score: Score = Score()
     label: ClassVar[str] = "text"
+    by_rank: ClassVar[bool] = True
     branches: ClassVar[tuple[Branch, ...]] = (CHOSEN, REJECTED)
     needs: ClassVar[frozenset[Need]] = frozenset({Need.REFERENCE, Need.BATCH})
 

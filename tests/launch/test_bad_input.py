@@ -1,5 +1,6 @@
 """A user's mistake is one line that names file, row and mend; rows that are skipped are counted and listed."""
 
+import dataclasses
 import html
 import json
 import re
@@ -86,6 +87,16 @@ def test_an_objective_that_goes_by_margins_wants_some(model, tmp_path):
     file = table(tmp_path / "set.parquet")
     with pytest.raises(UserError, match=r"config\.objective\.name: mm_dpo goes by the pairs' margins, and in this data set all are 0"):
         pipeline.run(settings(model, file, **{"objective.name": "mm_dpo"}), tmp_path / "run")
+
+
+def test_an_objective_that_sorts_losses_wants_pairs_of_one_weight(model, tmp_path, monkeypatch):
+    def weighted(record):
+        return dataclasses.replace(record, prefs=tuple(dataclasses.replace(pref, weight=0.5) for pref in record.prefs))
+
+    open_records = pipeline.builder.open_records
+    monkeypatch.setattr(pipeline.builder, "open_records", lambda directory: [weighted(record) for record in open_records(directory)])
+    with pytest.raises(UserError, match=r"config\.objective\.name: aot sorts the losses of a step.* weights other than 1"):
+        pipeline.run(settings(model, table(tmp_path / "set.parquet"), **{"objective.name": "aot"}), tmp_path / "run")
 
 
 def test_only_the_built_in_world_is_measured_in_a_run_on_it(model, tmp_path):
