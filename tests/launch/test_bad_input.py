@@ -13,6 +13,7 @@ from helpers.rows import encoded, photo_bytes, rlaif_row, write_parquet
 from mmalign_jax import config, config_files, pipeline
 from mmalign_jax.config import DataConfig
 from mmalign_jax.data import builder
+from mmalign_jax.data.builder import RecordSource
 from mmalign_jax.data.sources.source import MARKER
 from mmalign_jax.errors import DataError, UserError
 
@@ -90,11 +91,13 @@ def test_an_objective_that_goes_by_margins_wants_some(model, tmp_path):
 
 
 def test_an_objective_that_sorts_losses_wants_pairs_of_one_weight(model, tmp_path, monkeypatch):
-    def weighted(record):
+    read = RecordSource.__getitem__
+
+    def weighted(source, index):
+        record = read(source, index)
         return dataclasses.replace(record, prefs=tuple(dataclasses.replace(pref, weight=0.5) for pref in record.prefs))
 
-    open_records = pipeline.builder.open_records
-    monkeypatch.setattr(pipeline.builder, "open_records", lambda directory: [weighted(record) for record in open_records(directory)])
+    monkeypatch.setattr(RecordSource, "__getitem__", weighted)
     with pytest.raises(UserError, match=r"config\.objective\.name: aot sorts the losses of a step.* weights other than 1"):
         pipeline.run(settings(model, table(tmp_path / "set.parquet"), **{"objective.name": "aot"}), tmp_path / "run")
 
