@@ -27,9 +27,10 @@ _STRATEGY = "beartype.BeartypeStrategy.O0 if x.__name__ == '__init__' else beart
 jaxtyping.install_import_hook("mmalign_jax", f"beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True, strategy={_STRATEGY}))")
 
 
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """XLA's optimisations are of no use to tiny arrays, and most of the time of tests that compile much."""
-    jax.config.update("jax_disable_most_optimizations", True)
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """XLA's optimisations are of no use to tiny arrays, and most of the time of tests that compile much. Files marked `optimised` have them."""
+    quick = request.node.get_closest_marker("optimised") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -20,6 +20,8 @@ from mmalign_jax.training.optimizer import make_optimizer
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.trainable import Trainable
 
+pytestmark = pytest.mark.optimised
+
 # libtpu lends its compiler only: it must not look for a TPU, and other test processes may hold it too
 QUIET = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 

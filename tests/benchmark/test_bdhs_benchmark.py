@@ -30,7 +30,6 @@ TINY = hf_config() | {
 OPTIONS = Options(rho_th=0.8, n_iter=3, eps=0.6, max_sentence_tokens=12, max_answer_tokens=20)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,6 @@ TINY = hf_config(28) | {
 SHAPE = Shape(batch=8, images=2, side=28, prompt_words=6, answer_words=9)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,11 @@
 
 import jax
 import numpy as np
+import pytest
 
 from mmalign_jax.models.apart import are_apart, layers_apart
+
+pytestmark = pytest.mark.optimised
 
 
 def test_layers_are_parts_of_the_stack_s_memory_and_let_it_go():

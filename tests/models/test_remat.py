@@ -11,6 +11,8 @@ from mmalign_jax.config import from_mapping
 from mmalign_jax.models import remat
 from mmalign_jax.models.layers import Linear
 
+pytestmark = pytest.mark.optimised
+
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):

@@ -32,7 +32,6 @@ RECORDS, ANSWERS = (TWO, THREE, FOUR), (("A cat.", "A blue dog sits on the table
 FREE = (0.0, 0.0, 0.0)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,6 @@ def build():
     return [record(name, "What is in the picture?", "".join(sentences), images=images) for name, (sentences, images) in RECORDS.items()]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

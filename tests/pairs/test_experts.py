@@ -31,7 +31,6 @@ def candidates(answers):
     return [[Candidate(text, "policy") for text in texts] for texts in answers]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,6 @@ CONFIG = Config(pairs=PAIRS, data=DataConfig(workers=0))
 RECORDS = [record(f"r{number}", "What is it?", f"A cup. {number} dogs.", images=[number]) for number in range(5)]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ TRAIN = TrainConfig(batch_size=4, accumulate=2, seed=3)
 PAIRS = PairsConfig(maker="bdhs", when="online", rho_th=0.5, n_iter=2, max_sentence_tokens=4, max_answer_tokens=16, batch_size=4)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,6 @@ SAMPLES = SamplesConfig(count=3, max_tokens=12, stop_strings=("e",), seed=5, bat
 TRAIN = TrainConfig(batch_size=4, accumulate=2, seed=3)
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

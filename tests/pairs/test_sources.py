@@ -29,7 +29,6 @@ RECORDS = [
 TABLE = Mentions({"cat": (), "dog": (), "owl": (), "ant": (), "cup": ("mug",), "egg": ()})
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

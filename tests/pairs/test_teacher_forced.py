@@ -27,7 +27,6 @@ RECORDS = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

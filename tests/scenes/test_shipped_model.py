@@ -14,6 +14,8 @@ from mmalign_jax.hf.import_ import load_params, read_config
 from mmalign_jax.hf.processor import load_processor
 from mmalign_jax.models.mllm import Mllm
 
+pytestmark = pytest.mark.optimised
+
 MODEL = Path(str(resources.files("mmalign_jax") / "assets" / "scenes_sft"))
 
 

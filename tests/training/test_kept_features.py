@@ -40,8 +40,6 @@ from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.monitors import Monitor
 from mmalign_jax.types import Media, record_key
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(0)
 
 

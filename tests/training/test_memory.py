@@ -20,6 +20,8 @@ from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.memory import GIB, FittingStep, candidates, device_limit, fitting
 from mmalign_jax.training.step import init_state, make_train_step
 
+pytestmark = pytest.mark.optimised
+
 SIZES = {"none": 3000, "dots": 2000, "block": 1000}  # floats that a program returns
 
 

@@ -24,7 +24,6 @@ STEPS, EVERY = 5, 2
 MESH = make_mesh(devices=jax.devices()[:1])
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
