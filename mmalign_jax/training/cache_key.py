@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from mmalign_jax.hf.safetensors_dir import open_weights
 from mmalign_jax.types import PreferenceRecord, answers_of
 
 SCHEMA = 1  # raised whenever the same inputs give other log-probs, or other files, than before
-TOWER_SCHEMA = 1  # likewise of features
+TOWER_SCHEMA = 2  # likewise of features
 
 # Small files of a model directory: tokenizer, processor, end tokens. Sizes are the field `model`, the template a field of its own
 _SMALL_FILES = (".json", ".txt", ".model")
@@ -63,7 +64,10 @@ def model_key(policy: Pretrained, reference_dtype: str) -> dict[str, Any]:
 
 
 def tower_key(policy: Pretrained, tower_dtype: str) -> dict[str, Any]:
-    """The fields of a frozen tower's features of a picture: the tower by its values, what pictures become, and how it is computed.
+    """The fields of a frozen tower's features of a picture: the tower by its values, what pictures become and what makes them so, and how it is
+    computed.
+
+    Image processors count by the values that they work with: those that their files leave out are defaults of transformers' classes.
 
     Args:
       tower_dtype: type in which the tower's parameters are kept.
@@ -75,6 +79,8 @@ def tower_key(policy: Pretrained, tower_dtype: str) -> dict[str, Any]:
         "tower": dataclasses.asdict(sizes.vision) | {"feature_layers": sizes.feature_layers, "class_token_kept": sizes.keep_class_token},
         "processor": {name: value for name, value in _processor_files(policy.path).items() if "processor" in name},
         "pictures": {"kind": type(pictures).__name__, "mean": pictures.mean, "std": pictures.std},
+        "processors": {name: _values(one) for name, one in zip(("pictures", "frames"), pictures.processors, strict=False)},
+        "made_with": {name: importlib.metadata.version(name) for name in ("pillow", "transformers")},
         "resolution": resolution(pictures),
         "compute_dtype": policy.model.dtype,
         "tower_dtype": tower_dtype,
@@ -184,6 +190,11 @@ def _processor_files(directory: Path) -> dict[str, str]:
             values = {"eos_token_id": values.get("eos_token_id")} if file.name == "generation_config.json" else values
         out[file.name] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return out
+
+
+def _values(processor: Any) -> dict[str, Any]:
+    """What an image processor of transformers works with. Where it was read from is not among it."""
+    return {name: value for name, value in processor.to_dict().items() if not name.startswith("_") and "path" not in name}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
