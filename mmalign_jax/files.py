@@ -11,7 +11,6 @@ from typing import Any
 
 from mmalign_jax.errors import DataError, UserError
 
-
 MAX_JSON = 1 << 30  # bytes
 
 

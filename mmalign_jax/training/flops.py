@@ -53,9 +53,9 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
     """FLOPs of one step over all rows, recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
 
     Rows count, of however many pairs. Pictures that rows share count once; under a view, each row has its own. Where rows bring the tower's
-    features, only black pictures count, one tile of each. Slots are counted as they are computed, padding too, and so are products of queries and keys. Frozen weights need no
-    gradient of their own, only carry that of what trains in and below them. Low-rank factors themselves are not counted: about 2 rank / width of
-    their linears.
+    features, only black pictures count, one tile of each. Slots are counted as they are computed, padding too, and so are products of queries
+    and keys. Frozen weights need no gradient of their own, only carry that of what trains in and below them. Low-rank factors themselves are not
+    counted: about 2 rank / width of their linears.
 
     Args:
       freeze: parts whose own weights do not train. `config.lora` says which have factors that do.
