@@ -27,6 +27,7 @@ from mmalign_jax.data.feature_store import FeatureStore, FeatureWriter
 from mmalign_jax.data.loader import make_loader
 from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.errors import DataError, UserError
+from mmalign_jax.hf.export import export
 from mmalign_jax.hf.import_ import part_hash
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.losses import Need
@@ -334,8 +335,7 @@ def test_another_tower_processor_or_computation_is_refused_by_the_field(base, po
     mean = lambda data: data.replace(b'"image_mean": [\n    0.48145466', b'"image_mean": [\n    0.5')  # noqa: E731
     other = Pretrained.read(changed(base, tmp_path / "mean", "preprocessor_config.json", mean), policy.mesh)
     fields = [f"{name}: .* there, \\[0\\.5, .*\\] now" for name in ("mean", "pictures.image_mean")]
-    words = (f"pictures \\({fields[0]}\\)", r"processor \(preprocessor_config\.json\)", f"processors \\({fields[1]}\\)")
-    refused(Case(other, cache), cache, *words)
+    refused(Case(other, cache), cache, f"pictures \\({fields[0]}\\)", f"processors \\({fields[1]}\\)")
     half = Pretrained.read(base, policy.mesh, "bfloat16")
     types = [f'{name} \\("float32" there, "bfloat16" now\\)' for name in ("compute_dtype", "tower_dtype")]
     refused(Case(half, cache), cache, *types)
@@ -355,8 +355,19 @@ def test_what_no_feature_depends_on_may_change(base, policy, cache, tmp_path):
     assert "are reused" in some.said.getvalue() and "Computing" not in some.said.getvalue()
 
 
+@pytest.mark.parametrize("name", one_a_kind(KINDS[:1]))
+def test_the_key_of_a_model_is_that_of_its_export(name, tmp_path):
+    """Rounds export in float32, and an export has files that its base may lack."""
+    base, keys = all_cases()[name].write(tmp_path / "base", 2), []
+    save_file({key: value.to(torch.bfloat16) for key, value in tensors(base).items()}, base / "model.safetensors", {"format": "pt"})
+    export({}, base, tmp_path / "export", dtype="float32")
+    for directory in (base, tmp_path / "export"):
+        keys.append(cache_key.tower_key(Pretrained.read(directory, one_device()), "float32"))
+    assert cache_key.differences(*keys) == []
+
+
 def test_a_tower_counts_by_its_values(base, policy, tmp_path):
-    """Rounds export a model of bfloat16 in float32."""
+    """In whatever type they are stored."""
     weights, found = tensors(base), {}
     for name, dtype in (("half", torch.bfloat16), ("other half", torch.float16)):
         half = {key: value.to(dtype) for key, value in weights.items()}
