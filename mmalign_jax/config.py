@@ -234,7 +234,7 @@ class ObjectiveConfig:
 
     @property
     def other_pictures(self) -> str:
-        """Which pictures beside a row's own the objective sees, in words; "" where there are none."""
+        """Which pictures the objective sees that are made from a row's own, in words; "" where there are none."""
         return self._built.other_pictures
 
     @property
@@ -280,7 +280,7 @@ class FeaturesConfig:
     """Whether what a frozen vision tower makes of a picture is kept on disk; see `training.kept_features`."""
 
     cache: str = setting("", help="directory of the features, which runs may share; empty: pictures are decoded and encoded in every step")
-    batch_size: int = setting(0, min=0, help="sets of pictures at a time that are encoded before training; 0: train.batch_size / train.accumulate")
+    batch_size: int = setting(0, min=0, help="sets of pictures at a time that are encoded before training; 0: 4 a device, at most a step's")
 
 
 @dataclasses.dataclass(frozen=True)

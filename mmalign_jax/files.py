@@ -11,22 +11,27 @@ from typing import Any
 
 from mmalign_jax.errors import DataError, UserError
 
+MAX_JSON = 1 << 30  # bytes
 
-def read_json(file: Path, mend: str = "Remove it.") -> Any:
+
+def read_json(file: Path, mend: str = "Remove it.", most: int = MAX_JSON) -> Any:
     """The JSON value in a file.
 
     Args:
       mend: what the user can do when the file is damaged.
+      most: bytes that are read at most.
 
     Raises:
       UserError: there is no such file.
-      DataError: it is not JSON.
+      DataError: it is not JSON, or larger.
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file")
+    if (size := file.stat().st_size) > most:
+        raise DataError(f"{size} bytes, more than the {most} that such a file may have", file=str(file), mend=mend)
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"damaged, not readable as JSON ({error})", file=str(file), mend=mend) from error
 
 
@@ -45,14 +50,18 @@ def replace_text(file: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def claimed(directory: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
+def claimed(directory: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[bool]:
     """Keeps other runs that share a cache from writing the same set; a process that ends, in whatever way, lets go.
 
     Args:
       waiting: called when another run is at it, before waiting for its end.
+
+    Yields:
+      whether others are kept out; False where the file system has no locks.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with (directory.parent / f".{directory.name}.lock").open("w") as lock:
+        locked = True
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -60,5 +69,6 @@ def claimed(directory: Path, waiting: Callable[[], object] = lambda: None) -> It
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                raise  # a file system without locks: two runs at once would compute the same twice
-        yield
+                raise
+            locked = False  # a file system without locks: two runs at once would compute the same twice
+        yield locked

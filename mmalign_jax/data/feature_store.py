@@ -1,18 +1,21 @@
 """Features of a frozen vision tower on disk, picture by picture.
 
 A store is a directory with
-  key.json      what its features are computed from (JSON values), their type and width Z
-  000000.json   a part's pictures, by digest: where the features of each begin, how many they are, and their checksum
-  000000.bin    these features, [n, Z], one picture behind the other, little-endian
-A part is there when its JSON file is, and is not changed after that. Runs that show other pictures add parts (`FeatureWriter`).
+  key.json              the store's format, what its features are computed from (JSON values), their type and width Z
+  part-<random>.json    a part's pictures, by digest: where the features of each begin, how many they are, and their checksum
+  part-<random>.bin     these features, [n, Z], one picture behind the other, little-endian
+A part is there when its JSON file is, and is not changed after that. Runs that show other pictures add parts (`FeatureWriter`). No two
+writers use the same names, so where a file system has no locks, they compute some pictures twice and harm nothing.
 """
 
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
+import re
+import secrets
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,9 +30,19 @@ from mmalign_jax.errors import DataError, UserError
 from mmalign_jax.files import read_json, write_json
 
 KEY = "key.json"
-PART_BYTES = 64 << 20  # computed features that are lost at most when a sweep is killed
-_PARTS = "[0-9]*.json"
+FORMAT_NAME = "mmalign_jax vision features"
+FORMAT = f"{FORMAT_NAME} 1"
+# computed features that are lost at most when a sweep is killed, and what bounds the list of a part
+PART_BYTES, PART_PICTURES = 64 << 20, 1 << 16
 TYPES = ("float32", "bfloat16")
+STALE_S = 24 * 3600.0  # a writer adds to its files more often
+
+_MAX_JSON = 64 << 20  # a list of PART_PICTURES pictures takes a tenth of it
+_STORED = {2: "<u2", 4: "<u4"}  # numpy's bfloat16 has no byte order of its own
+_LIST = re.compile(r"part-[0-9a-f]{16}\.json")
+_NUMBERS = re.compile(r"part-[0-9a-f]{16}\.bin")
+_TEMPORARY = re.compile(r"\.part-[0-9a-f]{16}\.json\.tmp|\.{1,2}key-[0-9a-f]{16}\.json(\.tmp)?")
+_LOCK = re.compile(r"\.[a-z_]+\.lock|\.nfs[0-9a-f]+")
 
 
 class _Place(NamedTuple):
@@ -48,19 +61,25 @@ class FeatureStore:
       directory: with a `key.json`.
 
     Raises:
-      DataError: a file is missing, truncated or damaged. What features hold is compared with their checksum when they are read.
+      DataError: `key.json` is of something else, or a file is missing, truncated or damaged. What features hold is compared with their checksum
+        when they are read.
     """
 
     def __init__(self, directory: Path):
         self.directory, file = directory, directory / KEY
-        plain = read_json(file, _mend_all(directory))
+        plain = read_json(file, _ELSEWHERE, _MAX_JSON)
+        if not isinstance(plain, dict) or not str(plain.get("format")).startswith(FORMAT_NAME):
+            raise DataError(f"not the key of vision features (its field format is not {FORMAT!r})", file=str(file), mend=_ELSEWHERE)
+        if plain["format"] != FORMAT:
+            raise DataError(f"of another version ({plain['format']!r}, this one writes {FORMAT!r})", file=str(file), mend=_mend_all(directory))
         if not _is_key(plain):
             raise DataError("damaged (not its fields)", file=str(file), mend=_mend_all(directory))
         self.key, self.width, self.dtype = plain["key"], plain["width"], jnp.dtype(plain["dtype"])
         self._of, self._row = _key_hash(plain), plain["width"] * jnp.dtype(plain["dtype"]).itemsize
         self._places: dict[bytes, _Place] = {}
-        for part in sorted(directory.glob(_PARTS)):
-            self._places |= self._part(part)
+        for part in sorted(directory.iterdir()):
+            if _LIST.fullmatch(part.name):
+                self._places |= self._part(part)
 
     @classmethod
     def open(cls, directory: Path) -> "FeatureStore | None":
@@ -74,12 +93,14 @@ class FeatureStore:
         return digest in self._places
 
     def read(self, digest: bytes) -> Float[np.ndarray, "n Z"]:
-        """The features of a picture that is there.
+        """The features of a picture.
 
         Raises:
-          DataError: the file has been changed, cut or removed since it was written.
+          DataError: they are not there, or the file has been changed, cut or removed since it was written, or cannot be read.
         """
-        place = self._places[digest]
+        place = self._places.get(digest)
+        if place is None:
+            raise DataError("the features of a picture that a row shows are not there", file=str(self.directory), mend=START_AGAIN)
         wanted = place.count * self._row
         try:
             with place.part.open("rb") as opened:
@@ -87,14 +108,19 @@ class FeatureStore:
                 data = opened.read(wanted)
         except FileNotFoundError as error:
             raise DataError("the file is missing", file=str(place.part), mend=_mend(place.part)) from error
+        except OSError as error:
+            problem = f"the file cannot be read ({error.strerror or error})"
+            raise DataError(problem, file=str(place.part), mend=f"Make it readable. {_mend(place.part)}") from error
         if len(data) != wanted or zlib.crc32(data) != place.checksum:
             problem = "truncated" if len(data) != wanted else "corrupt: its content has changed since it was written"
             raise DataError(f"the file is {problem}", file=str(place.part), mend=_mend(place.part))
-        return np.frombuffer(data, self.dtype).reshape(place.count, self.width)
+        stored = np.dtype(_STORED[self.dtype.itemsize])
+        values = np.frombuffer(data, stored).astype(stored.newbyteorder("="), copy=False)
+        return values.view(self.dtype).reshape(place.count, self.width)
 
     def _part(self, file: Path) -> dict[bytes, _Place]:
         held, mend = file.with_suffix(".bin"), _mend(file)
-        plain = read_json(file, mend)
+        plain = read_json(file, mend, _MAX_JSON)
         if not _is_part(plain):
             raise DataError("damaged (not its fields)", file=str(file), mend=mend)
         if plain["of"] != self._of:
@@ -109,27 +135,35 @@ class FeatureStore:
 
 
 class FeatureWriter:
-    """Adds pictures to a directory. One process at a time (`files.claimed`); leaving the context keeps what was added.
+    """Adds pictures to a directory; leaving the context keeps what was added.
 
     Args:
       directory: an empty one, or a store of the same key, type and width.
       key: what features are computed from (JSON values).
       width: Z.
+      alone: no other writer is at work as far as locks tell (`files.claimed`): files that a killed one left long ago are removed.
+
+    Raises:
+      UserError: the disk is full.
+      OSError: the directory cannot be written.
     """
 
-    def __init__(self, directory: Path, key: dict[str, Any], dtype: str, width: int):
-        self._directory = directory
-        plain = {"key": key, "dtype": dtype, "width": width}
+    def __init__(self, directory: Path, key: dict[str, Any], dtype: str, width: int, *, alone: bool = False):
+        self._directory, self._part = directory, None
+        plain = {"format": FORMAT, "key": key, "dtype": dtype, "width": width}
         if not (directory / KEY).is_file():
-            directory.mkdir(parents=True, exist_ok=True)
-            write_json(directory / KEY, plain)
+            with self._while_there_is_room():
+                directory.mkdir(parents=True, exist_ok=True)
+                fresh = directory / f".key-{secrets.token_hex(8)}.json"
+                write_json(fresh, plain)
+                os.replace(fresh, directory / KEY)
         there = FeatureStore(directory)
         if (there.key, there.dtype, there.width) != (key, jnp.dtype(dtype), width):
             raise ValueError(f"{directory} holds features of another key")
         self._there, self._of, self._dtype, self._width = there, _key_hash(plain), there.dtype, width
-        self._added: set[bytes] = set()
-        self._pictures: dict[str, tuple[int, int, int]] = {}
-        self._rows, self._opened = 0, None
+        self._row, self._kept = width * there.dtype.itemsize, set()
+        if alone:
+            _clear(directory)
 
     def __enter__(self) -> "FeatureWriter":
         return self
@@ -143,38 +177,36 @@ class FeatureWriter:
         Raises:
           UserError: the disk is full.
         """
-        if digest in self._there or digest in self._added:
+        name = digest.hex()
+        if digest in self._there or name in self._kept or (self._part is not None and name in self._part.pictures):
             return
         if features.dtype != self._dtype or features.shape[1] != self._width:
             raise ValueError(f"features {features.dtype}{features.shape} for a store of {self._dtype}[n, {self._width}]")
-        data = np.ascontiguousarray(features).tobytes()
+        data = np.ascontiguousarray(features).view(f"=u{self._dtype.itemsize}").astype(_STORED[self._dtype.itemsize], copy=False).tobytes()
         with self._while_there_is_room():
-            self._file().write(data)
-        self._pictures[digest.hex()] = (self._rows, len(features), zlib.crc32(data))
-        self._added.add(digest)
-        self._rows += len(features)
-        if self._rows * self._width * self._dtype.itemsize >= PART_BYTES:
+            if self._part is None:
+                self._part = _Part(self._directory)
+            part = self._part
+            part.file.seek(part.rows * self._row)  # an interrupted write may have left more
+            part.file.write(data)
+        # in one step: whatever interrupts this, the list is that of whole pictures
+        part.pictures[name] = (part.rows, len(features), zlib.crc32(data))
+        if part.rows * self._row >= PART_BYTES or len(part.pictures) >= PART_PICTURES:
             self._keep()
 
-    def _file(self) -> io.BufferedWriter:
-        if self._opened is None:
-            self._opened = (self._directory / ".part.tmp").open("wb")
-        return self._opened
-
     def _keep(self) -> None:
-        """Puts what was added since the last time in its place: the numbers first, then the file that says that they are there."""
-        if self._opened is None:
+        """Says that what was added since the last time is there, once it is. May be interrupted and called again."""
+        part = self._part
+        if part is None:
             return
         with self._while_there_is_room():
-            self._opened.flush()
-            self._opened.truncate(self._rows * self._width * self._dtype.itemsize)  # an interrupted write may have left more
-            os.fsync(self._opened.fileno())
-            numbers = [int(file.stem) for file in self._directory.glob(_PARTS)]
-            part = self._directory / f"{max(numbers, default=-1) + 1:06}.json"
-            os.replace(self._opened.name, part.with_suffix(".bin"))
-            write_json(part, {"of": self._of, "pictures": self._pictures})
-        self._opened.close()
-        self._pictures, self._rows, self._opened = {}, 0, None
+            part.file.flush()
+            part.file.truncate(part.rows * self._row)
+            os.fsync(part.file.fileno())
+            write_json(part.list, {"of": self._of, "pictures": part.pictures})
+        self._kept |= part.pictures.keys()
+        self._part = None
+        part.file.close()
 
     @contextlib.contextmanager
     def _while_there_is_room(self) -> Iterator[None]:
@@ -182,18 +214,48 @@ class FeatureWriter:
         try:
             yield
         except OSError as error:
-            if self._opened is not None:
-                self._opened.raw.close()  # without the bytes that still wait
-            self._pictures, self._rows, self._opened = {}, 0, None
+            part, self._part = self._part, None
+            if part is not None:
+                part.file.raw.close()  # without the bytes that still wait
+                Path(part.file.name).unlink(missing_ok=True)
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(f"config.features.cache: no space is left for {self._directory}; make room, or choose another directory") from error
 
 
-def _is_key(plain: Any) -> bool:
-    if not isinstance(plain, dict) or plain.keys() != {"key", "dtype", "width"}:
+class _Part:
+    """A part that is being written, under names that no other writer has."""
+
+    def __init__(self, directory: Path):
+        self.list = directory / f"part-{secrets.token_hex(8)}.json"
+        self.file = self.list.with_suffix(".bin").open("xb")
+        self.pictures: dict[str, tuple[int, int, int]] = {}
+
+    @property
+    def rows(self) -> int:
+        """What the pictures of the list take."""
+        start, count, _ = next(reversed(self.pictures.values()), (0, 0, 0))
+        return start + count
+
+
+def strangers(directory: Path) -> list[str]:
+    """Names of files in a directory that no writer of features makes."""
+    own = (_LIST, _NUMBERS, _TEMPORARY, _LOCK)
+    return sorted(path.name for path in directory.iterdir() if path.name != KEY and not any(kind.fullmatch(path.name) for kind in own))
+
+
+def _clear(directory: Path) -> None:
+    """Removes what writers that were killed left long ago."""
+    for file in directory.iterdir():
+        unlisted = _NUMBERS.fullmatch(file.name) and not file.with_suffix(".json").exists()
+        if (unlisted or _TEMPORARY.fullmatch(file.name)) and time.time() - file.stat().st_mtime > STALE_S:
+            file.unlink(missing_ok=True)
+
+
+def _is_key(plain: dict[str, Any]) -> bool:
+    if plain.keys() != {"format", "key", "dtype", "width"}:
         return False
-    return isinstance(plain["key"], dict) and plain["dtype"] in TYPES and isinstance(plain["width"], int) and plain["width"] > 0
+    return isinstance(plain["key"], dict) and plain["dtype"] in TYPES and type(plain["width"]) is int and plain["width"] > 0
 
 
 def _is_part(plain: Any) -> bool:
@@ -204,7 +266,8 @@ def _is_part(plain: Any) -> bool:
     for digest, place in plain["pictures"].items():
         if len(digest) != 32 or set(digest) - set("0123456789abcdef") or not isinstance(place, list) or len(place) != 3:
             return False
-        if not all(isinstance(number, int) and number >= 0 for number in place) or place[0] != end:
+        # a bool is an int, too
+        if not all(type(number) is int and number >= 0 for number in place) or place[0] != end:
             return False
         end += place[1]
     return True
@@ -212,6 +275,10 @@ def _is_part(plain: Any) -> bool:
 
 def _key_hash(plain: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+START_AGAIN = "Start the run again: what is missing is computed before training."
+_ELSEWHERE = "Choose another directory for config.features.cache."
 
 
 def _mend(part: Path) -> str:

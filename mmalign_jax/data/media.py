@@ -8,7 +8,7 @@ from PIL import Image
 from mmalign_jax.data.bad_rows import Place
 from mmalign_jax.data.images import decode_image, image_size
 from mmalign_jax.errors import UserError
-from mmalign_jax.hf.pictures import Expansion, Pictures, RowTraits
+from mmalign_jax.hf.pictures import Expansion, Pictures, RowTraits, Size
 from mmalign_jax.types import Media, Patches
 
 
@@ -19,13 +19,24 @@ def expand(medium: Media, pictures: Pictures, place: Place, *, max_pixels: int, 
       BadRow (a DataError): a header that is damaged or a picture that is too large, where sizes matter; a medium that the model does
         not take.
     """
-    frames = medium.pictures
-    limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "file": place.file, "row": place.row}
-    sizes = [image_size(data, **limits) for data in frames] if pictures.needs_size else [(0, 0)] * len(frames)
+    if pictures.needs_size:
+        found = sizes(medium, place, max_pixels=max_pixels, max_bytes=max_bytes)
+    else:
+        found = [(0, 0)] * len(medium.pictures)
     try:
-        return pictures.expand(sizes, medium.times if medium.kind == "video" else None)
+        return pictures.expand(found, medium.times if medium.kind == "video" else None)
     except UserError as error:
         raise place.bad("malformed_row", str(error), "Change or remove the picture.") from error
+
+
+def sizes(medium: Media, place: Place, *, max_pixels: int, max_bytes: int) -> list[Size]:
+    """Height and width of each picture, or frame, from its header.
+
+    Raises:
+      BadRow (a DataError): a header that is damaged, or a picture that is too large.
+    """
+    limits = {"max_pixels": max_pixels, "max_bytes": max_bytes, "file": place.file, "row": place.row}
+    return [image_size(data, **limits) for data in medium.pictures]
 
 
 def pixels(

@@ -88,7 +88,7 @@ class AnySizePictures:
     def __init__(self, images: Any, vision: VisionConfig, tokens: tuple[str, str], videos: Videos):
         self.placeholder, self.video_placeholder = tokens
         self.mean, self.std = normalisation(images)
-        self._images, self._vision, self._videos = images, vision, videos
+        self._images, self._vision, self._videos, self.processors = images, vision, videos, (images,)
         expected = {"patch_size": vision.patch_size, "merge_size": vision.merge, "temporal_patch_size": vision.frames_per_patch}
         for key, value in {**expected, "do_resize": True}.items():
             if getattr(images, key) != value:

@@ -112,7 +112,10 @@ def _streamed(tensors: Iterator[np.ndarray], layers: int, sharding: jax.sharding
 
 
 def part_hash(directory: str | pathlib.Path, config: MllmConfig, part: str) -> str:
-    """SHA-256 of the tensors of one part of the tree as they are stored, whatever layout of names and files they are in.
+    """SHA-256 of the values of one part of the tree, whatever type, and layout of names and files, they are stored in.
+
+    A checkpoint and its copy in a wider type are the same: a frozen part has the same values in both. Values are compared as float32, which
+    holds all of float16 and bfloat16.
 
     Raises:
       UserError, DataError: see `load_params`.
@@ -121,8 +124,8 @@ def part_hash(directory: str | pathlib.Path, config: MllmConfig, part: str) -> s
     found, digest = match_table(open_weights(directory), table, directory), hashlib.sha256()
     for name in (name for entry in table.entries if entry.path[0] == part for name in entry.names):
         tensor = found[name][1]
-        digest.update(f"{name} {tensor.dtype.name} {tensor.shape}|".encode())
-        digest.update(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8))
+        digest.update(f"{name} {tensor.shape}|".encode())
+        digest.update(np.ascontiguousarray(tensor.read().astype("<f4")).reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 

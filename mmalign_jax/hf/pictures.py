@@ -96,6 +96,7 @@ class Pictures(Protocol):
     Attributes:
       placeholder, video_placeholder: what the chat template writes for a picture and for a video ("" when the family takes none).
       mean, std: the tower sees `(pixels / 255 - mean) / std`.
+      processors: transformers' image processors that make the pixels: that of pictures, and that of frames where it is another.
       needs_size: whether `expand` reads the sizes.
       blank: the least that a picture takes; rows of text hold so much of nothing.
     """
@@ -104,6 +105,7 @@ class Pictures(Protocol):
     video_placeholder: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    processors: tuple[Any, ...]
     needs_size: bool
     blank: Expansion
 
@@ -178,7 +180,7 @@ class SingleTile:
     def __init__(self, images: Any, image_token: str, tokens: int, size: Size, *, before: str = "", after: str = "", placeholder: str = ""):
         self.placeholder = placeholder or image_token
         self.mean, self.std = normalisation(images)
-        self._images, self._size = images, size
+        self._images, self._size, self.processors = images, size, (images,)
         self.blank = Expansion(before + image_token * tokens + after, np.arange(tokens, dtype=np.int32), 1, size)
         self.pixels([PIL.Image.new("RGB", (3, 2))])  # sizes that do not fit the model show here and not in the first row
 

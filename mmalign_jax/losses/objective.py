@@ -114,10 +114,8 @@ class Objective:
 
     @property
     def other_pictures(self) -> str:
-        """Which pictures beside a row's own it sees, in words; "" where there are none."""
-        if self.view:
-            return f"corrupted pictures ({self.view})"
-        return "black pictures" if Need.NO_IMAGE in self.needs else ""
+        """Which pictures it sees that are made from a row's own, in words; "" where there are none. Black ones need no pixels."""
+        return f"corrupted pictures ({self.view})" if self.view else ""
 
     def __call__(self, stats: BranchStats) -> tuple[PerPair, Metrics]:
         """Losses `[B]` and metrics (means over the batch) in float32. No gradient reaches the reference or the metrics.

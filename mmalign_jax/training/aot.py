@@ -27,7 +27,7 @@ from mmalign_jax.training.memory import GIB, ROOM, candidates, fitting
 from mmalign_jax.training.optimizer import make_optimizer, make_schedule
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.step import make_train_step
-from mmalign_jax.training.trainable import Trainable
+from mmalign_jax.training.trainable import Trainable, check_features
 from mmalign_jax.types import PairBatch, Sampled, TrainState
 
 # HBM of one JAX device, in bytes (a tpu7x chip is two devices)
@@ -66,6 +66,7 @@ def compile_step(config: Config, sizes: MllmConfig, topology: str, slices: int =
     mesh = mesh_lib.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=_devices(topology, slices))
     mesh_lib.check_batch(mesh, config.train.batch_size // config.train.accumulate)
     sizes = dataclasses.replace(with_adapter(config, sizes), score_head=config.objective.score_head)
+    check_features(config, sizes)
     objective = losses.build(config.objective.name, **config.objective.hyperparameters)
     optimizer = make_optimizer(config.optimizer, config.train.steps, config.train.updates)
     kind = Reference.of(config, Trainable.of(config, sizes), objective)

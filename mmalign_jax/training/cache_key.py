@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,13 +20,13 @@ from mmalign_jax.files import read_json
 from mmalign_jax.hf.adapters import WEIGHTS
 from mmalign_jax.hf.export import MARKER
 from mmalign_jax.hf.import_ import part_hash
-from mmalign_jax.hf.pictures import Expansion, Pictures
+from mmalign_jax.hf.pictures import Expansion, Pictures, video_values
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.hf.safetensors_dir import open_weights
 from mmalign_jax.types import PreferenceRecord, answers_of
 
 SCHEMA = 1  # raised whenever the same inputs give other log-probs, or other files, than before
-TOWER_SCHEMA = 1  # likewise of features
+TOWER_SCHEMA = 2  # likewise of features
 
 # Small files of a model directory: tokenizer, processor, end tokens. Sizes are the field `model`, the template a field of its own
 _SMALL_FILES = (".json", ".txt", ".model")
@@ -63,7 +64,11 @@ def model_key(policy: Pretrained, reference_dtype: str) -> dict[str, Any]:
 
 
 def tower_key(policy: Pretrained, tower_dtype: str) -> dict[str, Any]:
-    """The fields of a frozen tower's features of a picture: the tower by its values, what pictures become, and how it is computed.
+    """The fields of a frozen tower's features of a picture: the tower by its values, what pictures become and what makes them so, and how it is
+    computed.
+
+    Image processors count by the values that they work with, not by their files: what these leave out are defaults of transformers' classes, and
+    an export adds files with the same values.
 
     Args:
       tower_dtype: type in which the tower's parameters are kept.
@@ -73,8 +78,10 @@ def tower_key(policy: Pretrained, tower_dtype: str) -> dict[str, Any]:
         "schema": TOWER_SCHEMA,
         "weights": part_hash(policy.path, sizes, "vision_tower"),
         "tower": dataclasses.asdict(sizes.vision) | {"feature_layers": sizes.feature_layers, "class_token_kept": sizes.keep_class_token},
-        "processor": {name: value for name, value in _processor_files(policy.path).items() if "processor" in name},
         "pictures": {"kind": type(pictures).__name__, "mean": pictures.mean, "std": pictures.std},
+        "processors": {name: _of_pixels(one.to_dict()) for name, one in zip(("pictures", "frames"), pictures.processors, strict=False)},
+        "videos": _of_pixels(video_values(policy.path) or {}) if pictures.video_placeholder else {},
+        "made_with": {name: importlib.metadata.version(name) for name in ("pillow", "transformers")},
         "resolution": resolution(pictures),
         "compute_dtype": policy.model.dtype,
         "tower_dtype": tower_dtype,
@@ -184,6 +191,11 @@ def _processor_files(directory: Path) -> dict[str, str]:
             values = {"eos_token_id": values.get("eos_token_id")} if file.name == "generation_config.json" else values
         out[file.name] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return out
+
+
+def _of_pixels(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a processor's values that pixels may depend on: not where it was read from, and with which tokenizer."""
+    return {name: value for name, value in values.items() if not name.startswith("_") and "path" not in name and name != "processor_class"}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -52,17 +52,18 @@ class Work:
 def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Collection[str]) -> float:
     """FLOPs of one step over all rows, recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
 
-    Rows count, of however many pairs. Pictures that rows share count once, and not at all where rows bring the tower's features; under a view,
-    each row has its own. Slots are counted as they are computed, padding too, and so are products of queries and keys. Frozen weights need no
-    gradient of their own, only carry that of what trains in and below them. Low-rank factors themselves are not counted: about 2 rank / width of
-    their linears.
+    Rows count, of however many pairs. Pictures that rows share count once; under a view, each row has its own. Where rows bring the tower's
+    features, only black pictures count, one tile of each. Slots are counted as they are computed, padding too, and so are products of queries
+    and keys. Frozen weights need no gradient of their own, only carry that of what trains in and below them. Low-rank factors themselves are not
+    counted: about 2 rank / width of their linears.
 
     Args:
       freeze: parts whose own weights do not train. `config.lora` says which have factors that do.
     """
     c = config.decoder
     rows = batch.tokens.size // batch.tokens.shape[-1]
-    pictures = 0 if batch.images is None else math.prod(batch.images.shape[:-4])
+    held = batch.images is None
+    pictures = math.prod(batch.features.shape[:-2] if held else batch.images.shape[:-4])
     layer = 2 * c.width * c.head_width * (c.heads + c.kv_heads) + 3 * c.width * c.mlp_width
     training = {"vision_tower", "projector", "decoder"} - set(freeze) | set(config.lora)
     backward = 4 if "decoder" not in freeze else 2 if training else 0
@@ -84,7 +85,7 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
     else:
         of_tower = 2
     more = work.more_answers
-    total = rows * decoder(batch.answers + more, passes) + pictures * of_tower * tower
+    total = rows * decoder(batch.answers + more, passes) + (0 if held else pictures * of_tower * tower)
     others = ((work.other_answers, passes, rows * of_tower), (work.blind_answers, 2 + theirs, pictures * 2))
     for answers, times, tower_times in others:
         if answers:
@@ -93,12 +94,10 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
 
 
 def _tower(config: MllmConfig, batch: PairBatch) -> float:
-    """Products of the tower's pass over one row's pictures; 0 where rows bring its features."""
+    """Products of the tower's pass over one row's pictures; over one black tile where rows bring features."""
     v = config.vision
-    if batch.images is None:
-        return 0.0
     if batch.patches is None:
-        patches, tiles = v.patches, batch.images.shape[-4]
+        patches, tiles = v.patches, 1 if batch.images is None else batch.images.shape[-4]
         tokens = seen = patches + int(v.class_token)
     else:
         patches = tokens = seen = batch.patches.segment.shape[-1]

@@ -70,6 +70,19 @@ class Trainable:
         return split(params, self.trains)
 
 
+def check_features(config: Config, sizes: MllmConfig) -> None:
+    """Refuses features of a tower in which factors of an adapter train; `sizes` are those with the adapter.
+
+    Raises:
+      UserError: `config.features.cache` is asked for, and there are such.
+    """
+    if config.features.cache and "vision_tower" in sizes.lora:
+        raise UserError(
+            "config.model.adapter: the adapter has factors in the vision tower, which train, so its features cannot be kept; leave "
+            "config.features.cache empty"
+        )
+
+
 def unreached(grads: dict, params: dict) -> dict[str, Bool[Array, ""]]:
     """Name of every trainable leaf -> whether its gradient is zero in all places though it need not be.
 

@@ -12,6 +12,7 @@ from mmalign_jax.errors import UserError
 from mmalign_jax.hf.adapters import with_adapter
 from mmalign_jax.hf.import_ import read_config
 from mmalign_jax.mesh import make_mesh
+from mmalign_jax.models.config import Lora
 from mmalign_jax.models.params import abstract_params
 from mmalign_jax.models.presets import preset
 from mmalign_jax.training import aot
@@ -121,6 +122,13 @@ def test_rows_with_the_towers_features_have_no_pixels():
     objective, live = losses.build("dpo"), Reference("live", lambda path: True)
     batch = aot._abstract_batch(settings(**{"features.cache": "somewhere"}), sizes, mesh, objective, live)
     assert batch.images is None and batch.features.shape == (1, 16, 576, 1024) and batch.features.dtype == "bfloat16"
+
+
+def test_features_of_a_tower_with_an_adapters_factors_are_refused(sizes, monkeypatch):
+    monkeypatch.setattr(aot, "_devices", lambda *_: jax.devices())
+    monkeypatch.setattr(aot, "with_adapter", lambda config, sizes: sizes.with_lora({"vision_tower": Lora(2, 4.0, ("query",))}))
+    with pytest.raises(UserError, match="config.model.adapter: the adapter has factors in the vision tower"):
+        compile_step(settings(**{"features.cache": "somewhere"}), sizes, "v5e:2x4")
 
 
 @pytest.mark.nightly

@@ -18,7 +18,7 @@ class LetterPictures:
 
     placeholder, video_placeholder = "<image>", ""
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    needs_size = False
+    processors, needs_size = (), False
     blank = Expansion("", np.arange(3, dtype=np.int32), 1, (4, 6))
 
     def expand(self, sizes, times=None):

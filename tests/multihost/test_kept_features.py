@@ -55,7 +55,8 @@ def test_two_processes_sweep_as_one_and_find_what_they_have_made(tmp_path):
     assert "Computing vision features: done" in outputs[0] and "features" not in outputs[1]
     stores = [FeatureStore(tmp_path / f"{run} features") for run in ("one", "two")]
     assert stores[0].key == stores[1].key and len(stores[0]) == len(stores[1]) == 3
-    for digest in json.loads((tmp_path / "one features/000000.json").read_text())["pictures"]:
+    (part,) = (tmp_path / "one features").glob("part-*.json")
+    for digest in json.loads(part.read_text())["pictures"]:
         one, other = (store.read(bytes.fromhex(digest)) for store in stores)
         np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
     one, other = ([json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()] for run in ("one", "two"))

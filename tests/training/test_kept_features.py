@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import re
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from helpers.checkpoints import tensors, tiny_llava
 from helpers.families import KINDS, all_cases, one_a_kind
 from helpers.tiny import FROZEN_TOWER, MIXED, noise_png, record
@@ -25,13 +27,15 @@ from mmalign_jax.data.feature_store import FeatureStore, FeatureWriter
 from mmalign_jax.data.loader import make_loader
 from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.errors import DataError, UserError
+from mmalign_jax.hf.export import export
+from mmalign_jax.hf.import_ import part_hash
 from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.losses import Need
 from mmalign_jax.mesh import batch_divisor, make_mesh
 from mmalign_jax.models.config import Lora
 from mmalign_jax.report.console import Console
 from mmalign_jax.sampling import DecodeOptions
-from mmalign_jax.training import kept_features
+from mmalign_jax.training import cache_key, kept_features
 from mmalign_jax.training.branches import Side
 from mmalign_jax.training.flops import Work, step_flops
 from mmalign_jax.training.held_out import HeldOut
@@ -92,10 +96,10 @@ def cache(policy, tmp_path_factory):
     return directory
 
 
-def both_ways(some, run, devices=0):
+def both_ways(some, run, devices=0, tower=False):
     """What a function of (trainable, frozen, reference's, rows) gives of rows with pixels and of rows with features.
 
-    Where rows bring features, there is no tower to compute them with.
+    Where rows bring features, there is no tower to compute them with, unless black pictures need it.
     """
     mesh, out = some.policy.mesh, []
     with jax.set_mesh(mesh):
@@ -104,7 +108,7 @@ def both_ways(some, run, devices=0):
         for features in (None, some.kept()):
             rows = some.batch(features, devices)
             assert (rows.images is None) == (features is not None)
-            held = frozen if features is None else {part: tree for part, tree in frozen.items() if part != "vision_tower"}
+            held = frozen if features is None or tower else {part: tree for part, tree in frozen.items() if part != "vision_tower"}
             out.append(jax.device_get(jax.jit(run)(params, held, theirs, to_device(rows, mesh, batch_axis=0))))
     return out
 
@@ -130,6 +134,17 @@ def test_loss_metrics_and_gradient_are_those_of_pixels_without_a_tower(policy, c
     some = Case(policy, cache)
     assert_same(*both_ways(some, value_metrics_and_gradient(LossFunction(policy.model, losses.build("dpo", beta=1.0)))))
     assert "those of 2 pictures in" in some.said.getvalue() and "are reused" in some.said.getvalue() and "Computing" not in some.said.getvalue()
+
+
+@pytest.mark.nightly
+def test_an_objective_that_also_sees_black_pictures(policy, cache):
+    """They are made without pixels."""
+    objective = losses.build("v_dpo", beta=1.0, guidance=0.5, bias_weight=0.5)
+    some = Case(policy, cache, objective={"name": "v_dpo"})
+    pixels, features = both_ways(some, value_metrics_and_gradient(LossFunction(policy.model, objective)), tower=True)
+    assert_same(pixels, features)
+    plain = both_ways(some, value_metrics_and_gradient(LossFunction(policy.model, losses.build("dpo", beta=1.0))))[1]
+    assert abs(plain[0][0] - features[0][0]) > 1e-2
 
 
 def test_features_are_the_towers_own_numbers(policy, cache):
@@ -173,7 +188,8 @@ def test_eight_devices_write_what_one_does(base, cache, tmp_path):
 
 def pictures(directory):
     """Digests of the pictures of a store, in the order in which they were added."""
-    parts = [json.loads(file.read_text()) for file in sorted(directory.glob("0*.json"))]
+    files = sorted(directory.glob("part-*.json"), key=lambda file: file.stat().st_mtime_ns)
+    parts = [json.loads(file.read_text()) for file in files]
     return [bytes.fromhex(digest) for part in parts for digest in part["pictures"]]
 
 
@@ -204,6 +220,13 @@ def test_the_tower_is_not_counted(policy, cache):
     blank = dataclasses.replace(some.batch(), images=some.batch().images[:, :0])
     assert features < pixels
     assert features == step_flops(policy.sizes, jax.tree.map(lambda x: x[None], blank), work=work, freeze=("vision_tower",))
+    # of black pictures, one tile in the place of two
+    blind = Work.of(losses.build("v_dpo"), live_reference=True)
+    one = dataclasses.replace(some.batch(), images=some.batch().images[:, :1])
+    rows = jax.tree.map(lambda x: x[None], one)
+    tower = step_flops(policy.sizes, rows, work=work, freeze=("vision_tower",)) - features
+    more = lambda batch: step_flops(policy.sizes, jax.tree.map(lambda x: x[None], batch), work=blind, freeze=("vision_tower",))  # noqa: E731
+    assert tower > 0 and more(one) - more(some.batch(some.kept())) == pytest.approx(tower)
 
 
 @pytest.mark.parametrize("name", one_a_kind(KINDS[:1]))
@@ -270,13 +293,15 @@ def test_a_sweep_that_was_killed_goes_on_where_it_was(policy, cache, tmp_path, m
 
 
 def test_pictures_that_another_run_adds_meanwhile_are_not_computed(policy, cache, tmp_path, monkeypatch):
+    """And take the room that it says is not there."""
+    monkeypatch.setattr(kept_features.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     some = Case(policy, tmp_path / "cache")
 
     @contextlib.contextmanager
     def claimed(directory, waiting):
         waiting()
         shutil.copytree(cache, tmp_path / "cache")
-        yield
+        yield True
 
     monkeypatch.setattr(kept_features, "claimed", claimed)
     assert len(some.kept().store) == 2
@@ -307,7 +332,8 @@ def test_another_tower_processor_or_computation_is_refused_by_the_field(base, po
     refused(Case(other, cache), cache, "weights")
     mean = lambda data: data.replace(b'"image_mean": [\n    0.48145466', b'"image_mean": [\n    0.5')  # noqa: E731
     other = Pretrained.read(changed(base, tmp_path / "mean", "preprocessor_config.json", mean), policy.mesh)
-    refused(Case(other, cache), cache, r"pictures \(mean: .* there, \[0\.5, .*\] now\)", r"processor \(preprocessor_config\.json\)")
+    fields = [f"{name}: .* there, \\[0\\.5, .*\\] now" for name in ("mean", "pictures.image_mean")]
+    refused(Case(other, cache), cache, f"pictures \\({fields[0]}\\)", f"processors \\({fields[1]}\\)")
     half = Pretrained.read(base, policy.mesh, "bfloat16")
     types = [f'{name} \\("float32" there, "bfloat16" now\\)' for name in ("compute_dtype", "tower_dtype")]
     refused(Case(half, cache), cache, *types)
@@ -325,6 +351,101 @@ def test_what_no_feature_depends_on_may_change(base, policy, cache, tmp_path):
     some = Case(Pretrained.read(other, policy.mesh), cache)
     some.kept()
     assert "are reused" in some.said.getvalue() and "Computing" not in some.said.getvalue()
+
+
+@pytest.mark.parametrize("name", one_a_kind(KINDS[:1]))
+def test_the_key_of_a_model_is_that_of_its_export(name, tmp_path):
+    """Rounds export in float32, and an export has files that its base may lack."""
+    base, keys = all_cases()[name].write(tmp_path / "base", 2), []
+    save_file({key: value.to(torch.bfloat16) for key, value in tensors(base).items()}, base / "model.safetensors", {"format": "pt"})
+    export({}, base, tmp_path / "export", dtype="float32")
+    for directory in (base, tmp_path / "export"):
+        keys.append(cache_key.tower_key(Pretrained.read(directory, one_device()), "float32"))
+    assert cache_key.differences(*keys) == []
+
+
+def test_a_tower_counts_by_its_values(base, policy, tmp_path):
+    """In whatever type they are stored."""
+    weights, found = tensors(base), {}
+    for name, dtype in (("half", torch.bfloat16), ("other half", torch.float16)):
+        half = {key: value.to(dtype) for key, value in weights.items()}
+        for copy, some in ((name, half), (f"{name} in float32", {key: value.float() for key, value in half.items()})):
+            directory = shutil.copytree(base, tmp_path / copy)
+            save_file(some, directory / "model.safetensors", {"format": "pt"})
+            found[copy] = part_hash(directory, policy.sizes, "vision_tower")
+        assert found[name] == found[f"{name} in float32"]
+    assert len({*found.values(), part_hash(base, policy.sizes, "vision_tower")}) == 3
+
+
+def test_what_makes_the_pixels_counts(base, policy, cache, monkeypatch):
+    """Values that a processor's file leaves out are defaults of a library."""
+    assert str(base) not in json.dumps(FeatureStore(cache).key)
+    with monkeypatch.context() as patch:
+        patch.setattr(policy.processor.pictures.processors[0], "resample", 0)
+        refused(Case(policy, cache), cache, r"processors \(pictures\.resample: 3 there, 0 now\)")
+    monkeypatch.setattr(cache_key.importlib.metadata, "version", lambda name: "0.1")
+    refused(Case(policy, cache), cache, r"made_with \(pillow: .* there, \"0.1\" now; transformers: .* there, \"0.1\" now\)")
+
+
+def test_the_tower_is_read_once_a_run(policy, cache, monkeypatch):
+    some, calls = Case(policy, cache), []
+    monkeypatch.setattr(kept_features, "tower_key", lambda *how: calls.append(how) or cache_key.tower_key(*how))
+    make = KeptFeatures.of(some.config, policy, Console(some.said))
+    assert not calls
+    make(some.records, some.plan)
+    make(some.records, some.plan)
+    assert len(calls) == 1
+
+
+def test_few_rows_at_a_time(policy):
+    rows = lambda **groups: KeptFeatures.of(settings("x", **groups), policy, Console(enabled=False)).rows  # noqa: E731
+    assert rows(train={"batch_size": 256}) == 4 and rows(train={"batch_size": 2}) == 2
+    assert rows(train={"batch_size": 256}, features={"cache": "x", "batch_size": 32}) == 32
+
+
+def test_a_directory_of_something_else_is_not_written_to(base, policy, tmp_path):
+    model = shutil.copytree(base, tmp_path / "model")
+    before = sorted(model.iterdir())
+    with pytest.raises(UserError, match=r"config.features.cache: .*model holds other files \(.*, \.\.\.\) and no vision features \(no key.json\)"):
+        Case(policy, model).kept()
+    assert sorted(model.iterdir()) == before
+
+
+def two_processes(monkeypatch, first):
+    """What one of two sees. first: what is missing here -> what the first process finds missing."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(kept_features, "from_first", first)
+
+
+def test_nothing_is_locked_where_nothing_is_missing(policy, cache, tmp_path, monkeypatch):
+    def claimed(directory, waiting):
+        raise PermissionError(errno.EACCES, "Permission denied", str(directory))
+
+    monkeypatch.setattr(kept_features, "claimed", claimed)
+    with pytest.raises(UserError, match="config.features.cache: .*cache cannot be written .*; make it writable, or choose another directory"):
+        Case(policy, tmp_path / "cache").kept()
+    two_processes(monkeypatch, lambda missing: missing)
+    assert len(Case(policy, cache).kept().store) == 2
+
+
+def test_what_another_process_has_written_may_be_seen_late(policy, cache, tmp_path, monkeypatch):
+    shutil.copytree(cache, tmp_path / "cache")
+    (list_of_part,) = (tmp_path / "cache").glob("part-*.json")
+    list_of_part.rename(tmp_path / "later")
+    two_processes(monkeypatch, np.zeros_like)
+    monkeypatch.setattr(kept_features.time, "sleep", lambda _: (tmp_path / "later").rename(list_of_part))
+    assert len(Case(policy, tmp_path / "cache").kept().store) == 2
+    monkeypatch.setattr(kept_features, "SEEN_S", 0.0)
+    list_of_part.rename(tmp_path / "later")
+    with pytest.raises(DataError, match="the features of 2 of 2 pictures are not there, though .* Start the run again") as caught:
+        Case(policy, tmp_path / "cache").kept()
+    assert caught.value.file == str(tmp_path / "cache")
+
+
+def test_a_picture_over_the_limits_is_refused_though_it_is_kept(policy, cache):
+    limit = {"workers": 0, "max_image_pixels": 100}
+    with pytest.raises(DataError, match="row red: the image is .*, over the limit of 100 pixels"):
+        Case(policy, cache, data=limit).kept()
 
 
 @pytest.mark.nightly
@@ -347,9 +468,9 @@ def test_a_file_is_no_directory(policy, tmp_path):
 def test_no_room_is_told_before_anything_is_computed(policy, tmp_path, monkeypatch):
     monkeypatch.setattr(kept_features.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
     some = Case(policy, tmp_path / "new" / "cache")
-    with pytest.raises(UserError, match=r"config.features.cache: vision features cannot be kept: those of 2 pictures take .* GiB free; choose"):
+    with pytest.raises(UserError, match=r"config.features.cache: no room. .* those of 2 pictures take .* GiB free; choose"):
         some.kept()
-    assert not (tmp_path / "new").exists() and "Computing" not in some.said.getvalue()
+    assert not (tmp_path / "new/cache/key.json").exists() and "Computing" not in some.said.getvalue()
 
 
 def test_features_that_are_not_finite_are_not_kept(base, tmp_path):
@@ -376,7 +497,6 @@ def test_a_picture_that_cannot_be_decoded_is_told_and_the_others_are_kept(policy
     ({"objective": {"name": "mdpo"}}, r"config.objective.name: mdpo also sees corrupted pictures \(random_crop"),
     ({"objective": {"name": "adpo"}}, "config.objective.name: adpo also sees corrupted pictures"),
     ({"objective": {"name": "povid"}}, "config.objective.name: povid also sees corrupted pictures"),
-    ({"objective": {"name": "v_dpo"}}, "config.objective.name: v_dpo also sees black pictures"),
     ({"pairs": {"maker": "bdhs", "when": "online"}}, "config.pairs.when: pairs that are made online"),
 ])  # fmt: skip
 def test_settings_that_need_pixels_or_another_tower_are_refused_by_name(groups, words):
@@ -388,7 +508,7 @@ def test_settings_that_need_pixels_or_another_tower_are_refused_by_name(groups, 
 def test_every_objective_is_refused_or_reads_a_rows_own_pictures_alone():
     for name in losses.names():
         objective = losses.build(name)
-        seen = {Need.OTHER_IMAGE, Need.SELF_REJECTED, Need.NO_IMAGE} & objective.needs
+        seen = {Need.OTHER_IMAGE, Need.SELF_REJECTED} & objective.needs
         assert bool(seen) == bool(objective.other_pictures), name
 
 

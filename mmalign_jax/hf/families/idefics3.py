@@ -91,7 +91,7 @@ class SplitTiles:
             raise UserError(f"the image processor makes tiles of {found} pixels (max_image_size), the model takes {side}")
         self.placeholder, self.mean, self.std = image_token, *normalisation(images)
         self.needs_size = bool(images.do_image_splitting)
-        self._images, self._tokens, self._side = images, tokens, side
+        self._images, self._tokens, self._side, self.processors = images, tokens, side, (images,)
         self.blank = self._expansion(0, 0)
         self.pixels([PIL.Image.new("RGB", (8, 8))])  # sizes that do not fit the model show here and not in the first row
 

@@ -185,7 +185,7 @@ class CroppedTiles:
         self.mean, self.std = normalisation(images)
         if normalisation(frames) != (self.mean, self.std):
             raise UserError(f"frames of videos are normalised by {normalisation(frames)}, pictures by {(self.mean, self.std)}")
-        self._images, self._frames = images, frames
+        self._images, self._frames, self.processors = images, frames, (images, frames)
         self._tokens, self._side, self._around = tokens, side, (start, end)
         self.blank = self._expansion(1, self._tile_text(1), video=False)
         for times in (None, (0.0,)):

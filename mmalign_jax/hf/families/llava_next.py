@@ -117,7 +117,7 @@ class AnyRes:
 
     def __init__(self, images: Any, token: str, pinpoints: Sequence[Size], config: MllmConfig):
         self.placeholder, self._images, self._pinpoints = token, images, tuple(pinpoints)
-        self.mean, self.std = normalisation(images)
+        self.mean, self.std, self.processors = *normalisation(images), (images,)
         self._side, self._stride = config.vision.image_size, config.tile_features
         self._cells = self._side // config.vision.patch_size
         self.blank = Expansion(token * self._cells**2, np.arange(self._cells**2, dtype=np.int32), 1, (self._side,) * 2)

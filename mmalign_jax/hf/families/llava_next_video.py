@@ -61,7 +61,7 @@ class Frames:
         self.mean, self.std, self.blank = still.mean, still.std, still.blank
         if normalisation(frames) != (self.mean, self.std):
             raise UserError(f"frames of videos are normalised by {normalisation(frames)}, pictures by {(self.mean, self.std)}")
-        self._still, self._frames, self._config = still, frames, config
+        self._still, self._frames, self._config, self.processors = still, frames, config, (*still.processors, frames)
         self.pixels([PIL.Image.new("RGB", (3, 2))], (0.0,))
 
     def expand(self, sizes: Sequence[Size], times: Sequence[float] | None = None) -> Expansion:
