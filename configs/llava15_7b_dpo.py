@@ -17,6 +17,7 @@ def get_config():
     config.data.answer_tokens = 352
     config.data.on_long_row = "drop"
     config.data.buckets = 8  # a single shape costs about twice the work where answers vary as these do, see docs/speed.md
+    # with many rows of text, config.data.packed = True in its place may cost less
     config.objective.name = "dpo"
     config.objective.beta = 0.1
     # RLAIF-V's full tuning: lr 5e-7, beta 0.1, cosine, warm-up 5 %

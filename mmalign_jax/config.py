@@ -88,7 +88,7 @@ class DataConfig:
         choices=("shuffled", "by_image"),
         help="by_image: rows that show the same pictures follow one another in training, so that a step encodes these once",
     )
-    buckets: int = setting(0, min=0, max=32, help="row shapes in training, each compiled once; 0: 4 where pictures have any size, else 1")
+    buckets: int = setting(0, min=0, max=32, help="row shapes in training, each compiled once; 0: 4 where pictures have any size, else 1, see packed")
     packed: bool = setting(
         False, help="several pairs share a row in training, so that little of it is empty; for sets of text, or of rows with and without pictures"
     )

@@ -50,7 +50,7 @@ from mmalign_jax.training.kept_features import KeptFeatures
 from mmalign_jax.training.loop import Batches, Trained, train
 from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.monitors import Monitor
-from mmalign_jax.training.packed import cost_of, in_words
+from mmalign_jax.training.packed import check_packed, cost_of, in_words
 from mmalign_jax.training.reference import Reference
 from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import FORMS, PairBatch, TrainState
@@ -118,6 +118,8 @@ class _Run:
         if c.pairs.maker == "samples":  # mistakes in them are told before anything is measured
             check_answers(c, p.processor, of_samples=self.objective.of_samples)
         self._check_rows()
+        if c.data.packed:
+            check_packed(p.processor.traits, c.train.batch_size // (c.train.accumulate * mesh_lib.batch_divisor(p.mesh)))
         self.skipped: list[SkippedRow] = []
         options = {"batch_size": c.eval.batch_size, "max_new_tokens": c.eval.max_new_tokens, "data": c.data}
         self.generator = Generator(p.model, p.processor, p.mesh, **options)
@@ -338,7 +340,7 @@ class _Run:
         pictures = f"{layout.images} images of up to {layout.canvas[0]} x {layout.canvas[1]} pixels"
         self.console.line(
             f"{plan.counts['kept']} of {plan.counts['rows']} rows; up to {layout.prefix_slots} tokens of prefix ({pictures}) and "
-            f"{layout.answers} x {layout.answer_slots} of answers; {plan.padding_fraction:.0%} padding"
+            f"{layout.answers} x {layout.answer_slots} of answers" + ("" if self.config.data.packed else f"; {plan.padding_fraction:.0%} padding")
         )
         if len(plan.buckets) > 1:
             for bucket in plan.buckets:

@@ -31,6 +31,7 @@ PAD, PREFIX, FIRST_ANSWER = 0, 1, 2
 
 # Fields of a `PairBatch` whose last axis is the row's slots.
 BY_SLOT = ("tokens", "role", "positions", "image_index", "token_weight", "mrope", "changed", "reference_logps", "drawn_logps", "segment")
+FILLERS = {"image_index": -1, "role": PAD, "segment": -1}  # of empty slots of these; 0 for the others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,9 +220,12 @@ class PairBatch:
     Where rows share their pictures, `images`, `patches` and `features` hold each set of them once, and `picture` says which one a row shows.
     Rows come in as many equal groups as `picture` has, one a device, sets of pictures likewise, and a row's is of its own group.
 
+    Such a row is "packed" in that its regions stand in one sequence. `config.data.packed` means more:
+
     Where a row holds several pairs (`data.packing`), arrays by token have C rows in the place of B, and each region holds the parts of the row's
     pairs one behind the other. `segment` says which pair of its row a token belongs to; it sees no other, and positions start with each pair. What
-    belongs to a pair has length B still, in `place`'s order; groups are as above, and a group's rows show one set of pictures.
+    belongs to a pair has length B still, in `place`'s order, which `turn` leads back to that without packing; groups are as above, and a group's
+    rows show one set of pictures. `longest` is then the most slots of a pair's prefix, and of one of its answers.
     """
 
     tokens: Int[Array, "*A B T"]
@@ -234,8 +238,7 @@ class PairBatch:
     margin: Float[Array, "*A B"]
     prefix_slots: int = dataclasses.field(metadata={"static": True})
     answer_slots: int = dataclasses.field(metadata={"static": True})
-    longest: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})  # of rows with several pairs: most slots of a
-    # pair's prefix, and of one of its answers
+    longest: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})  # None: a row is a pair
     patches: Patches | None = None
     mrope: Int[Array, "*A B 3 T"] | None = None
     weight: Float[Array, "*A B"] | None = None  # of the pair in the loss; None: 1
@@ -251,6 +254,7 @@ class PairBatch:
     features: Float[Array, "*A I G Z"] | None = None  # of a frozen tower, in the type that it is computed in; `images` are not there then
     segment: Int[Array, "*A C T"] | None = None  # number of a token's pair within its row, -1 off all pairs; None: a row is a pair
     place: Int[Array, "*A groups pairs"] | None = None  # of each pair of a group: the number of its row there times `pairs`, plus its segment
+    turn: Int[Array, "*A B"] | None = None  # of each pair: its place among the B without packing
     drawn_logps: Float[Array, "*A B T"] | None = None  # by the sampler, of tokens that were drawn for this step; NaN elsewhere
 
     @property

@@ -4,7 +4,7 @@ The order of training rows is a function of the seed alone: step s holds rows [s
 (`buckets.TrainingOrder`) in which every epoch is its own shuffle, and batches run across epoch ends. Process p of n takes the p-th of n
 equal runs of rows of each part of a step. So the rows of a step, their order, and the saved state (how many rows are behind us), are the
 same for any number of processes. Pictures that several rows of a device show are read, decoded and handed over once (`shared_pictures`).
-Where several pairs share a row, "rows" here are pairs: a step has the same ones, dealt to devices by their length (`packed_rows`).
+Where several pairs share a row, "rows" here are pairs: each part of a step has the same ones, dealt to devices by their length (`packed_rows`).
 """
 
 import dataclasses
@@ -76,7 +76,8 @@ class _LayOut:
 class Loader:
     """An endless iterator of `PairBatch` with numpy arrays `[A, b, ...]`, b the rows of this process in one of A parts of a step.
 
-    `sizes`: for how many sets of pictures of a device there is a shape; the last is its number of rows, each with its own.
+    `sizes`: for how many sets of pictures of a device there is a shape; the last is its number of rows, each with its own. (1,) where pairs share
+    rows: all of a device show one set, as large as the shape says.
     `packing`: of rows with several pairs, their shapes, and what these mean; None where a row is a pair.
     """
 
@@ -163,7 +164,10 @@ def make_loader(
 
     Raises:
       UserError: `accumulate * process_count` does not divide `batch_size`.
+      ValueError: pairs share rows, and the plan has several layouts.
     """
+    if packed is not None and len(plan.buckets) > 1:
+        raise ValueError(f"rows of several pairs have one layout, and the plan has {len(plan.buckets)}")
     if batch_size % (accumulate * process_count):
         raise UserError(
             f"config.train.batch_size: {batch_size} is not a multiple of accumulate = {accumulate} times {process_count} processes"

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-MOST_SHAPES = 6  # each is compiled by itself, when rows of it first come
+MOST_SHAPES = 7  # with a spare one and that of a row a pair; each is compiled by itself, when rows of it first come
 WORTH = 0.02  # least share of the cost that another shape must save
 TRIED_PAIRS, TRIED_STEPS = 8192, 128  # of the training order, to find the shapes
 _MULTIPLE = 8  # as `data.plan` rounds
 # Shapes that are tried: room for what this share of the steps needs at least, and for so much more, since no packing is perfect
 _SHARES, _SLACK = (0.3, 0.6, 0.85, 1.0), (1.0, 1.03, 1.06, 1.1, 1.15, 1.25)
 _ROWS, _PROMISING, _ALIKE = 24, 4, 0.2  # numbers of rows that are looked at, and that are tried; those of a ratio below exp(0.2) are alike
+_TILE_SHARES = (0.95, 1.0)
 _SPARE = 1.2  # room of a shape for steps that need more than all that were looked at; without it each of these would take a row a pair
 _ROUNDING = 1e-9  # of sums of shares of a row, each a multiple of 1 / its slots
 
@@ -48,10 +49,11 @@ Cost = Callable[[PackedShape], float]  # of the rows of a device, in any unit
 class Chosen:
     """Shapes, cheapest first, and what they mean for the steps of the training order that were looked at.
 
-    `shapes[-1]` holds a pair a row, so every step has one that fits. The one before it has more room than any of these steps needs, if it costs less.
+    `shapes[-1]` holds a pair a row, so every step has one that fits. The one before it is a spare: it has a fifth more room than any of these steps
+    needs at least. It is left out where it would cost as much as a row a pair.
 
     Args:
-      used: share of the steps that takes each shape.
+      used: share of the steps that takes each shape, as `first_that_holds` finds it.
       empty: share of the slots that is empty, on average over steps.
       mean: cost of a device's rows, on average over steps.
       alone: the same of rows of one pair.
@@ -120,7 +122,7 @@ def pack(sizes: Int[np.ndarray, "pairs parts"], rows: int, room: Sequence[int]) 
 
 
 def choose(sizes: Int[np.ndarray, "steps groups pairs parts"], tiles: Int[np.ndarray, " steps"], last: PackedShape, cost: Cost) -> Chosen:
-    """At most `MOST_SHAPES` shapes, each of which saves enough in these steps; a step takes the cheapest that holds all of its groups.
+    """At most `MOST_SHAPES` shapes: some that save enough in these steps, a spare one, and the last.
 
     Args:
       sizes: of the pairs of each device and part (a group), see `pack`.
@@ -134,7 +136,7 @@ def choose(sizes: Int[np.ndarray, "steps groups pairs parts"], tiles: Int[np.nda
     costs = np.array([cost(shape) for shape in shapes])
     of_step = np.where(fits, costs[:, None], np.inf)
     picked, best = [0], of_step[0]
-    while len(picked) < MOST_SHAPES:
+    while len(picked) < MOST_SHAPES - 1:
         totals = np.minimum(best, of_step).sum(axis=1)
         number = int(np.argmin(totals))
         if best.sum() - totals[number] < WORTH * best.sum():
@@ -142,14 +144,33 @@ def choose(sizes: Int[np.ndarray, "steps groups pairs parts"], tiles: Int[np.nda
         picked, best = [*picked, number], np.minimum(best, of_step[number])
     picked = [*sorted(picked[1:], key=lambda number: costs[number]), 0]
     found = [shapes[number] for number in picked]
-    taken = np.argmax(fits[picked], axis=0)
-    slots = np.array([shapes[number].rows * _slots(shapes[number], sizes.shape[-1]) for number in picked])[taken]
+    if len(found) > 1 and found[-2] != (spare := _spare(found[-2], sizes, tiles, last)) and cost(spare) < cost(last):
+        found = [*found[:-1], spare, last]
+    taken = np.array([first_that_holds(found, sizes[step], int(tiles[step]))[0] for step in range(steps)])
+    slots = np.array([shape.rows * sum(room_of(shape, sizes.shape[-1])) for shape in found])[taken]
     empty = 1.0 - sizes.sum(axis=(1, 2, 3)) / (groups * slots)
     alone = cost(dataclasses.replace(last, tiles=max(1, int(tiles.max()))))
-    mean, used = float(costs[picked][taken].mean()), list(np.bincount(taken, minlength=len(picked)) / steps)
-    if len(found) > 1 and cost(spare := _spare(found[-2], last)) < cost(last):
-        found, used = [*found[:-1], spare, last], [*used[:-1], 0.0, used[-1]]
+    used = np.bincount(taken, minlength=len(found)) / steps
+    mean = float(np.mean([cost(found[number]) for number in taken]))
     return Chosen(tuple(found), tuple(map(float, used)), float(empty.mean()), mean, alone)
+
+
+def first_that_holds(
+    shapes: Sequence[PackedShape], groups: Int[np.ndarray, "groups pairs parts"], tiles: int
+) -> tuple[int, Int[np.ndarray, "groups pairs"]]:
+    """The number of the shape that a step takes, and the row of each pair.
+
+    Args:
+      shapes: cheapest first; the last holds a pair a row, whatever pairs come.
+      groups: sizes of the pairs of each device and part, see `pack`.
+      tiles: the most pictures that a group shows.
+    """
+    for number, shape in enumerate(shapes):
+        room = room_of(shape, groups.shape[-1])
+        rows = [pack(group, shape.rows, room) for group in groups] if tiles <= shape.tiles else [None]
+        if all(row is not None for row in rows):
+            return number, np.stack(rows)
+    raise AssertionError("a row a pair holds every step")
 
 
 def room_of(shape: PackedShape, parts: int) -> list[int]:
@@ -157,13 +178,14 @@ def room_of(shape: PackedShape, parts: int) -> list[int]:
     return [shape.prefix_slots] + [shape.answer_slots] * (parts - 1)
 
 
-def _spare(largest: PackedShape, last: PackedShape) -> PackedShape:
-    wanted = np.array([largest.prefix_slots, largest.answer_slots], float)
-    return _shape(largest.rows, wanted, _SPARE, min(last.tiles, math.ceil(_SPARE * largest.tiles)), last)
-
-
-def _slots(shape: PackedShape, parts: int) -> int:
-    return sum(room_of(shape, parts))
+def _spare(
+    largest: PackedShape, sizes: Int[np.ndarray, "steps groups pairs parts"], tiles: Int[np.ndarray, " steps"], last: PackedShape
+) -> PackedShape:
+    """As many rows as the largest of the others, no less room than these, and more than the steps need at least."""
+    needed = _SPARE * _least(sizes, largest.rows).max(axis=0)
+    wanted = np.maximum(needed, [largest.prefix_slots, largest.answer_slots])
+    shown = min(last.tiles, max(largest.tiles, math.ceil(_SPARE * int(tiles.max()))))
+    return _shape(largest.rows, wanted, 1.0, shown, last)
 
 
 def _candidates(
@@ -180,7 +202,7 @@ def _candidates(
             unlike.append(rows)
     for rows in unlike[:_PROMISING]:
         known: dict[PackedShape, np.ndarray] = {}
-        for share, tile_share in itertools.product(_SHARES, {0.95, 1.0}):
+        for share, tile_share in itertools.product(_SHARES, _TILE_SHARES):
             wanted = np.quantile(least[rows], share, axis=0)
             shown = int(np.ceil(np.quantile(tiles, max(share, tile_share))))
             held = np.zeros(len(sizes), bool)

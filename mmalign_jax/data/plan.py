@@ -142,7 +142,7 @@ def plan_rows(
         raise DataError("no row is left to train on", file=config.path or "records", mend="Check the data set and config.data.on_long_row.")
     counts = {"rows": len(rows) + bad, "kept": len(items), "dropped_long": 0, "dropped_bad": 0, "shortened_answer": 0}
     counts |= collections.Counter(row.policy for row in left_out)
-    most = config.buckets or (AUTO_BUCKETS if processor.pictures.needs_size else 1)
+    most = config.buckets or (AUTO_BUCKETS if processor.pictures.needs_size and not config.packed else 1)
     sizes = [rows[number][2] for number in kept]
     kept_layout = layout_of(sizes)  # without the pictures of the rows that were dropped
     layout = dataclasses.replace(layout, images=kept_layout.images, canvas=kept_layout.canvas, patch_slots=kept_layout.patch_slots)

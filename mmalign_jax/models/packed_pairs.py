@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mmalign_jax import mesh
-from mmalign_jax.types import BY_SLOT, FIRST_ANSWER, PREFIX, PairBatch
-
-_FILLERS = {"image_index": -1}
+from mmalign_jax.types import BY_SLOT, FILLERS, FIRST_ANSWER, PREFIX, PairBatch
 
 
 def answer_sums(values: Float[Array, "C K R"], batch: PairBatch) -> Float[Array, "B K"]:
@@ -45,12 +43,12 @@ def one_a_row(batch: PairBatch) -> PairBatch:
     def moved(name: str, values: Array) -> Array:
         spread = jnp.broadcast_to(values[:, None], (values.shape[0], pairs, values.shape[1]))
         found = jnp.take_along_axis(mesh.constrain(spread, "batch", None, None), slot, axis=2)
-        return _of_pairs(jnp.where(there, found, jnp.asarray(_FILLERS.get(name, 0), values.dtype)), batch.place)
+        return _of_pairs(jnp.where(there, found, jnp.asarray(FILLERS.get(name, 0), values.dtype)), batch.place)
 
     found = {name: moved(name, value) for name in BY_SLOT if name != "segment" and (value := getattr(batch, name)) is not None}
     picture = jnp.zeros_like(batch.place)
     slots = {"prefix_slots": prefix_slots, "answer_slots": answer_slots, "longest": None}
-    return dataclasses.replace(batch, **found, **slots, segment=None, place=None, picture=picture)
+    return dataclasses.replace(batch, **found, **slots, segment=None, place=None, turn=None, picture=picture)
 
 
 def _of_pairs(values: Array, place: Int[Array, "groups pairs"]) -> Array:

@@ -81,17 +81,30 @@ _BLOCKS = (
 )  # fmt: skip
 
 
+@functools.lru_cache(4)
 def static_mask(regions: Regions, slots: int, padded: int) -> Bool[np.ndarray, "t t"]:
-    """Who sees whom in a row without padding. Slots behind the row, up to `padded`, see one another, so that no softmax is empty."""
-    slot = np.arange(padded)
-    part = np.where(slot < regions.prefix, 0, 1 + (slot - regions.prefix) // max(regions.answer, 1))
-    part = np.where(slot < slots, part, -1)
-    query, key = part[:, None], part[None, :]
-    apart = slot[:, None] - slot[None, :]
-    # in rows of several pairs, what is further apart within a region is of two of them
-    near = np.where(query == 0, np.abs(apart) < regions.reach[0], (query < 0) | (apart < regions.reach[1]))
-    allowed = (apart >= 0) & (((query == key) & near) | ((key == 0) & (query > 0)))
-    return allowed if regions.causal else allowed | ((query == 0) & (key == 0) & near)
+    """Who sees whom in a row without padding. Slots behind the row, up to `padded`, see one another, so that no softmax is empty. Read only."""
+    key, allowed = np.arange(padded, dtype=np.int32), np.zeros((padded, padded), bool)
+    for first, end in _seen(regions, slots, padded):
+        allowed |= (key >= first[:, None]) & (key < end[:, None])
+    allowed.flags.writeable = False
+    return allowed
+
+
+_Spans = tuple[Int[np.ndarray, " t"], Int[np.ndarray, " t"]]
+
+
+def _seen(regions: Regions, slots: int, padded: int) -> tuple[_Spans, _Spans]:
+    """(first key, end of keys) of each query: in the prefix, and in its own answer. In rows of several pairs, what is further apart within a region
+    is of two of them. A row of a mask has T^2 slots, and these are long."""
+    slot, prefix = np.arange(padded, dtype=np.int32), np.int32(min(regions.prefix, slots))
+    of_prefix, inside = slot < prefix, slot < slots
+    ahead = slot + 1 if regions.causal else np.minimum(prefix, slot + regions.reach[0])
+    begin = regions.prefix + (slot - regions.prefix) // max(regions.answer, 1) * regions.answer
+    begin = np.where(inside, np.maximum(begin, slot - regions.reach[1] + 1), slots)
+    seen = (np.where(of_prefix, np.maximum(0, slot - regions.reach[0] + 1), 0), np.where(of_prefix, ahead, np.where(inside, prefix, 0)))
+    own = (np.where(of_prefix, 0, begin), np.where(of_prefix, 0, slot + 1))
+    return tuple(x.astype(np.int32) for x in seen), tuple(x.astype(np.int32) for x in own)
 
 
 @functools.cache
@@ -105,8 +118,10 @@ def block_size(regions: Regions, slots: int) -> tuple[int, int]:
 def _products(regions: Regions, slots: int, size: int) -> int:
     """Products of queries and keys in the blocks that are not hidden as a whole."""
     padded = _up(slots, size)
-    blocks = static_mask(regions, slots, padded).reshape(padded // size, size, padded // size, size)
-    return int(blocks.any(axis=(1, 3)).sum()) * size * size
+    start, seen = np.arange(0, padded, size, dtype=np.int32), np.zeros((padded, padded // size), bool)
+    for first, end in _seen(regions, slots, padded):
+        seen |= (first < end)[:, None] & (start < end[:, None]) & (start + size > first[:, None])
+    return int(seen.reshape(padded // size, size, -1).any(axis=1).sum()) * size * size
 
 
 def _up(count: int, multiple: int) -> int:

@@ -69,8 +69,6 @@ def answer_logps(
 ) -> AnswerLogps:
     """Sums of token log-probs under the batch's token weights; the tokens themselves where an objective reads them, of rows of one pair."""
     if batch.place is not None:
-        if by_token:
-            raise ValueError("log-probs by token are those of rows of one pair")
         theirs = None if reference is None else weighted(reference, batch)
         return AnswerLogps(weighted(policy, batch), lengths_alone(batch).lengths, theirs)
     weight = batch.by_answer(batch.token_weight)

@@ -71,7 +71,14 @@ class LossFunction:
         return jnp.mean(per_pair), metrics
 
     def prepared(self, batch: PairBatch) -> PairBatch:
-        """The rows `[*A, B]` of a step with what takes all of them to make."""
+        """The rows `[*A, B]` of a step with what takes all of them to make.
+
+        Raises:
+          ValueError: rows of several pairs do not have what the objective reads.
+        """
+        if batch.place is not None and self.objective.alone:
+            reads = " and ".join(self.objective.alone)
+            raise ValueError(f"{self.objective.name} reads {reads}, which rows of several pairs do not have")
         own = batch.answers == self.objective.answers
         return with_mismatched(batch) if Need.MISMATCHED in self.objective.needs and own else batch
 
@@ -95,7 +102,7 @@ class LossFunction:
     def statistics(
         self, params: dict, frozen: dict, reference: dict | None, batch: PairBatch, key: Array, moment: Moment | None = None
     ) -> BranchStats:
-        """What the objective reads of the rows `[B]`.
+        """What the objective reads of the rows `[B]`. Where it goes by all rows of a step, these come in their order without packing.
 
         Args:
           params: the policy's trainable leaves. frozen: its other leaves, the reference's too.
@@ -103,6 +110,9 @@ class LossFunction:
             the batch brings its log-probs.
           key: of the run; views are drawn from it and the rows' record keys, once for policy and reference.
           moment: None: at the beginning.
+
+        Raises:
+          ValueError: as of `prepared`.
         """
         moment = Moment.first(self.objective) if moment is None else moment
         batch, needs = self.prepared(batch), self.objective.needs
@@ -123,7 +133,7 @@ class LossFunction:
         if Need.AUXILIARY in needs:
             stats = dataclasses.replace(stats, auxiliary_nll=run.auxiliary())
         # sorts and rolls over rows want them all; so few numbers cost nothing
-        return _everywhere(stats) if Need.BATCH in needs else stats
+        return _everywhere(stats, batch.turn) if Need.BATCH in needs else stats
 
 
 class _Pass:
@@ -259,5 +269,10 @@ class _Pass:
         return lambda images: side.tower(batch.with_images(images))
 
 
-def _everywhere(stats: BranchStats) -> BranchStats:
-    return jax.tree.map(lambda x: x if x.ndim == 0 else mesh.constrain(x, *(None,) * x.ndim), stats)
+def _everywhere(stats: BranchStats, turn: Int[Array, " B"] | None) -> BranchStats:
+    """All rows on all devices, in the order of their turns: a draw or a weight by place is that of the same row without packing."""
+    stats, turn = jax.tree.map(lambda x: x if x.ndim == 0 else mesh.constrain(x, *(None,) * x.ndim), (stats, turn))
+    if turn is None:
+        return stats
+    order = jnp.argsort(turn)
+    return jax.tree.map(lambda x: x if x.ndim == 0 else x[order], stats)

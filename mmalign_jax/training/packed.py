@@ -8,9 +8,12 @@ import numpy as np
 from mmalign_jax.data.layout import RowProcessor
 from mmalign_jax.data.packing import Chosen, Cost, PackedShape
 from mmalign_jax.errors import UserError
+from mmalign_jax.hf.pictures import RowTraits
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.training.flops import Work, step_flops
 from mmalign_jax.types import PairBatch
+
+LITTLE = 0.95  # of the cost of rows of one pair; above it, the log says so
 
 
 def packed_flops(config: MllmConfig, shape: PackedShape, answers: int, *, work: Work, freeze: Collection[str]) -> float:
@@ -26,16 +29,30 @@ def packed_flops(config: MllmConfig, shape: PackedShape, answers: int, *, work: 
     return step_flops(config, PairBatch(slots, slots, slots, images, slots, slots, one, one, **sizes), work=work, freeze=freeze)
 
 
+def check_packed(traits: RowTraits, pairs: int) -> None:
+    """Args: pairs: of a device and part of a step.
+
+    Raises:
+      UserError: the model's rows cannot hold several pairs, or there is one alone.
+    """
+    if not traits.tile_features:
+        raise UserError("config.data.packed: this model's pictures have any size, and their patches are those of one row; use config.data.buckets")
+    if traits.mrope:
+        raise UserError("config.data.packed: this model's tokens turn by time, row and column, which is not built for it; use config.data.buckets")
+    if pairs == 1:
+        raise UserError(
+            "config.data.packed: a device has one pair of each part of a step (config.train.batch_size, config.train.accumulate), so no pairs share "
+            "a row; use config.data.buckets"
+        )
+
+
 def cost_of(config: MllmConfig, processor: RowProcessor, answers: int, *, work: Work, freeze: Collection[str]) -> Cost:
     """FLOPs of a device's rows by their shape.
 
     Raises:
       UserError: the model's rows cannot hold several pairs.
     """
-    if processor.pictures.needs_size:
-        raise UserError("config.data.packed: this model's pictures have any size, and their patches are those of one row; use config.data.buckets")
-    if processor.traits.mrope:
-        raise UserError("config.data.packed: this model's tokens turn by time, row and column, which is not built for it; use config.data.buckets")
+    check_packed(processor.traits, 2)
     return lambda shape: packed_flops(config, shape, answers, work=work, freeze=freeze)
 
 
@@ -46,13 +63,12 @@ def in_words(found: Chosen, answers: int, attention_of: Callable[[int, int, tupl
       attention_of: `Mllm.attention_of`.
     """
     one = found.shapes[-1]
-    if one.rows == 1:
-        yield "A device has one pair of each part of a step, so no pairs share a row (config.train.batch_size, config.train.accumulate)"
-        return
     yield (
         f"{one.rows} pairs of a device share rows: {found.empty:.0%} of the slots are empty, and a step takes {found.cost:.0%} of the FLOPs of rows "
         f"of one pair ({one.prefix_slots} + {answers} x {one.answer_slots} tokens)"
     )
+    if found.cost > LITTLE:
+        yield "  That is little less; rows of one pair in buckets (config.data.buckets) may cost less"
     for shape, used in zip(found.shapes, found.used, strict=True):
         how = attention_of(shape.prefix_slots, shape.answer_slots, shape.longest)
         pictures = f"{shape.tiles} picture{'s' * (shape.tiles != 1)}"

@@ -65,3 +65,10 @@ def test_two_ways(tmp_path, base, pairs, words):
         assert one["padding_fraction"] < 0.7 * other["padding_fraction"]
     assert found[True][0]["monitor/entropy"] > 1 and "monitor/image_gain" in found[True][0]
     assert found[True][0]["loss"] == pytest.approx(found[False][0]["loss"], rel=1e-6)
+
+
+@pytest.mark.nightly
+def test_what_gains_nothing_is_told_before_anything_is_read(tmp_path, base, pairs):
+    done = train(tmp_path, base, pairs, "--config.data.packed=True", "--config.train.accumulate=8")
+    assert done.returncode and "config.data.packed: a device has one pair of each part of a step" in done.stdout + done.stderr
+    assert "Preparing data" not in done.stdout and not (tmp_path / "data").exists()

@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers.checkpoints import tiny_llava
+from helpers.families import all_cases
 from helpers.tiny import FROZEN_TOWER, MIXED, Tiny, quick_jit, record
 
 from mmalign_jax import losses
@@ -17,13 +19,19 @@ from mmalign_jax.data.loader import make_loader
 from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.mesh import batch_divisor, make_mesh
 from mmalign_jax.models.packed_pairs import one_a_row
+from mmalign_jax.training.branches import Side, branch_logps
 from mmalign_jax.training.loss import LossFunction
+from mmalign_jax.training.step import init_state, make_train_step
 
 LONG = "There is a red cat and there is a blue dog on the table."
 RECORDS = [dataclasses.replace(r, id=f"{r.id} {turn}", responses=r.responses[:: 1 - 2 * turn]) for r in MIXED for turn in range(2)]
 RECORDS += [
     record("three", "Is there a bird in the picture?", LONG, "No.", images=[2, 1, 3]),
     *(record(f"short {number}", "Describe? " * (number % 3 + 1), "Yes. " * (number % 4 + 1), "No. " * (number % 5 + 1)) for number in range(7)),
+]
+RECORDS = [
+    dataclasses.replace(r, prefs=(dataclasses.replace(r.prefs[0], weight=0.5 + number % 3, margin=number % 4),))
+    for number, r in enumerate(RECORDS)
 ]
 BETA = 1.0  # the policy is not the reference
 
@@ -43,12 +51,12 @@ def reference(tiny, tmp_path_factory):
     return Tiny.load(tiny_llava(tmp_path_factory.mktemp("reference"), layout="memory", seed=1))
 
 
-def batches(tiny, devices=1, parts=1):
+def batches(tiny, devices=1, parts=1, records=RECORDS):
     """(packed, a row a pair): the same step of 16 pairs."""
-    plan = plan_rows(RECORDS, tiny.processor, DataConfig(), answers=2)
+    plan = plan_rows(records, tiny.processor, DataConfig(packed=True), answers=2)
     options = {"batch_size": 16, "accumulate": parts, "seed": 1, "workers": 0, "devices": devices}
     cost = lambda shape: shape.rows * (shape.prefix_slots + 2 * shape.answer_slots + 40)  # noqa: E731
-    return [next(make_loader(RECORDS, tiny.processor, plan, **options, packed=packed)) for packed in (cost, None)]
+    return [next(make_loader(records, tiny.processor, plan, **options, packed=packed)) for packed in (cost, None)]
 
 
 def by_pair(batch, values):
@@ -135,18 +143,53 @@ def test_a_pair_in_a_row_of_its_own_is_what_it_was(tiny):
             np.testing.assert_array_equal(back.images[0, index[slot] // n], shown)
 
 
-NAMES = ["simpo", "orpo", "ipo", "bco", "tdpo"]
+def steps(tiny, reference, name, parts):
+    """One step by plain gradient descent of the rows of two devices, packed and not, whose order differs: for each, what moved and the metrics."""
+    loss, optimizer = LossFunction(tiny.model, losses.build(name)), optax.sgd(1.0)
+    theirs = FROZEN_TOWER.split(reference.params)[0] if loss.reads_reference else None
+    params, frozen = FROZEN_TOWER.split(tiny.params)
+    step = make_train_step(loss, optimizer, optax.constant_schedule(1.0))
+    rows = batches(tiny, 2, parts)
+    assert not np.array_equal(*(batch.record_key for batch in rows)) and rows[0].tokens.shape[1] < 12 // parts
+    for batch in rows:
+        state = init_state(*jax.tree.map(jnp.copy, (params, frozen)), optimizer, seed=0, objective=loss.objective)
+        batch = jax.tree.map(jnp.asarray, batch)
+        run = step.lower(state, theirs, batch).compile(compiler_options={"xla_backend_optimization_level": 0})
+        after, metrics = run(state, theirs, batch)
+        metrics.pop("padding_fraction")
+        yield jax.tree.map(lambda new, old: np.asarray(new) - np.asarray(old), after.params, params), jax.device_get((metrics, after.objective))
+
+
+# Of sums and lengths, and of the whole vocabulary; of all rows of a step, some with a draw or a weight by a row's place
+NAMES = ["simpo", "orpo", "ipo", "bco", "tdpo", "aot", "aot_unpaired", "beta_dpo", "dama"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"), [("beta_dpo", 1), *(pytest.param(name, 2, marks=pytest.mark.nightly) for name in NAMES)]
+)
+def test_objectives_read_the_same(tiny, reference, name, parts):
+    (moved, metrics), (expected, expected_metrics) = steps(tiny, reference, name, parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), metrics, expected_metrics)
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * np.abs(b).max() + 1e-6 * scale), moved, expected)
+
+
+def test_what_rows_of_several_pairs_do_not_have_is_not_read(tiny):
+    packed, _ = map(first, batches(tiny))
+    for name, reads in (("kto", "another row's answer"), ("mdpo", "answers under a corrupted image"), ("ddpo", "log-probs by token")):
+        with pytest.raises(ValueError, match=f"{name} reads {reads}.*, which rows of several pairs do not have"):
+            LossFunction(tiny.model, losses.build(name)).statistics({}, tiny.params, None, packed, jax.random.key(0))
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", NAMES)
-def test_objectives_read_the_same(tiny, reference, name):
-    """Of sums and lengths, of all rows of a step, and of the whole vocabulary."""
-    loss = LossFunction(tiny.model, losses.build(name))
-    theirs = FROZEN_TOWER.split(reference.params)[0] if loss.reads_reference else None
-    run = quick_jit(lambda batch: loss(*FROZEN_TOWER.split(tiny.params), theirs, batch, jax.random.key(0)))
-    (value, metrics), (expected, expected_metrics) = (run(first(batch)) for batch in batches(tiny))
-    assert not loss.objective.alone
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for metric in expected_metrics:
-        np.testing.assert_allclose(metrics[metric], expected_metrics[metric], rtol=1e-4, atol=1e-4, err_msg=metric)
+@pytest.mark.parametrize("name", [name for name in all_cases() if name.split()[0] in ("llava_next", "internvl", "idefics3", "smolvlm")])
+def test_pictures_of_many_tiles(tmp_path, name):
+    """Tiles of one size stand behind those of other pairs, with a newline's feature before them all where there is one."""
+    case = all_cases()[name]
+    tiny = Tiny.load(case.write(tmp_path, 1))
+    records = [dataclasses.replace(r, id=f"{r.id} {turn}", responses=r.responses[:: 1 - 2 * (turn % 2)]) for r in case.records for turn in range(4)]
+    packed, alone = map(first, batches(tiny, 2, records=records))
+    assert packed.tokens.shape[0] < 12 and packed.segment.max() > 0
+    side = Side(tiny.model, tiny.params)
+    run = quick_jit(lambda batch: branch_logps(side, side.tower(batch), batch)[0])
+    np.testing.assert_allclose(by_pair(packed, run(packed)), by_pair(alone, run(alone)), rtol=2e-5, atol=1e-4)
