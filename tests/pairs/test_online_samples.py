@@ -209,7 +209,7 @@ def test_samples_of_an_older_policy_are_compared_with_that_one(make, params, tin
     ratio = np.nanmean(np.exp(np.asarray(now) - drawn), axis=(2, 3))  # by row
     found = trained.step(batch)
     np.testing.assert_allclose(found["policy/ratio"], np.mean(ratio), rtol=1e-5)
-    assert abs(found["policy/ratio"] - 1) > 1e-3
+    assert abs(found["policy/ratio"] - 1) > 1e-4  # it is exactly 1 beside the policy itself
     assert same(jax.device_get(trained.state.sampler), jax.device_get(FROZEN_TOWER.split(params)[0]))
 
 
