@@ -89,6 +89,7 @@ def test_the_whole_state_is_donated(replicated):
     assert replicated.aliased_bytes < 1.2 * replicated.state_bytes
 
 
+@pytest.mark.nightly
 def test_the_state_is_sharded_and_the_first_moment_may_be_small(replicated, sizes):
     sharded = compile_step(settings(**{"optimizer.moment_dtype": "bfloat16"}), sizes, "v5e:2x4", slices=1)
     check(sharded)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from helpers.families import all_cases, one_a_family
+from helpers.families import all_cases, one_a_kind
 from helpers.lora import random_factors
 from helpers.peft_models import merged, with_adapter
 from helpers.tiny import Tiny, batch_of, prefill, quick_jit
@@ -40,7 +40,7 @@ def everywhere(config):
     return config.with_lora(lora)
 
 
-@pytest.mark.parametrize("name", one_a_family())
+@pytest.mark.parametrize("name", one_a_kind())
 def test_peft_loads_and_merges_as_we_do(tmp_path, name):
     case = CASES[name]
     base = case.write(tmp_path / "base", 4)

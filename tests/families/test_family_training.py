@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.checkpoints import quiet, tensors
 from helpers.commands import launch
-from helpers.families import KINDS, all_cases
+from helpers.families import all_cases
 from helpers.rows import photo_bytes, rlaif_row, write_parquet
 
 METHODS = {"dpo": [], "mdpo": ["--config.objective.name=mdpo"], "lora": ["--config.lora.rank=4"]}
@@ -17,13 +17,12 @@ CASES = all_cases()
 
 
 def runs():
-    """All families by all methods; the first case of the last kind with mDPO is the share that is always run."""
-    always = {next(name for name in CASES if name.split()[0] == KINDS[-1]): "mdpo"}
-    marks = lambda name, method: () if always.get(name) == method else pytest.mark.nightly  # noqa: E731
-    return [pytest.param(name, method, id=f"{name}-{method}", marks=marks(name, method)) for name in CASES for method in METHODS]
+    """All families by all methods."""
+    return [pytest.param(name, method, id=f"{name}-{method}") for name in CASES for method in METHODS]
 
 
 @pytest.mark.parametrize(("name", "method"), runs())
+@pytest.mark.nightly
 def test_five_steps(tmp_path, name, method):
     case = CASES[name]
     base = case.write(tmp_path / "base", 2)

@@ -149,6 +149,7 @@ def test_without_torch(good, words):
     assert "torch is not installed" in done.stderr and "pip install torch" in done.stderr
 
 
+@pytest.mark.nightly
 def test_the_command(good):
     done = launch("launch/verify.py", "--model", good, torch=True)
     assert done.returncode == 0, done.stdout + done.stderr

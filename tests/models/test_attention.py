@@ -82,7 +82,7 @@ def test_what_is_too_far_apart_to_be_of_one_pair_is_left_out(bidirectional):
     far, near = (Regions(PREFIX_SLOTS, ANSWER_SLOTS, bidirectional == "none", reach) for reach in (None, longest))
     query, key, value, _, _ = arrays()
     read = lambda regions: lambda qkv: jnp.sum(jnp.sin(attend(config(), *qkv, mask, regions)))  # noqa: E731
-    one, other = (jax.value_and_grad(read(regions))((query, key, value)) for regions in (near, far))
+    one, other = (quick_jit(jax.value_and_grad(read(regions)))((query, key, value)) for regions in (near, far))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), one, other)
     assert near.products(2) < 0.9 * far.products(2) and near.reach == longest
     static = splash.static_mask(near, len(slots), len(slots))

@@ -58,6 +58,7 @@ def dense(tiny, params, batch):
     return out, np.asarray(batch.by_answer(batch.role)) == FIRST_ANSWER + np.arange(batch.answers)[:, None]
 
 
+@pytest.mark.nightly
 def test_divergence_and_collision_are_those_of_the_whole_vocabulary(tiny, reference, batch):
     (ours, mask), (theirs, _) = (dense(tiny, params, batch) for params in (tiny.params, reference))
     kl = statistics(tiny, reference, batch, "tdpo").kl
@@ -88,6 +89,7 @@ def test_a_mismatched_answer_is_the_next_rows_behind_the_own_prompt(tiny, refere
     np.testing.assert_array_equal(whole.tokens.reshape(4, -1), in_parts.tokens.reshape(4, -1))
 
 
+@pytest.mark.nightly
 def test_the_blind_branch_is_the_row_with_black_pictures(tiny, reference, batch):
     stats = statistics(tiny, reference, batch, "v_dpo")
     black = statistics(tiny, reference, batch.with_images(jnp.zeros_like(batch.images)), "dpo")

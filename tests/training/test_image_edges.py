@@ -68,7 +68,7 @@ class Edge:
         return jax.device_get(self._gradient(self.tiny.params, batch, row))
 
 
-@pytest.fixture(scope="module", params=["mdpo", pytest.param("chip", marks=pytest.mark.nightly), "adpo"])
+@pytest.fixture(scope="module", params=["mdpo", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("chip", "adpo"))])
 def edge(request, tiny, reference):
     return Edge(tiny, reference, request.param)
 

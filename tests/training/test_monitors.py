@@ -81,6 +81,7 @@ def test_own_answers_are_scored_as_they_were_drawn(tiny, batch):
     assert abs(float(found["monitor/kl_on_policy"])) < 1e-3 and float(found["monitor/length"]) == SLOTS and float(found["monitor/ended"]) == 0
 
 
+@pytest.mark.nightly
 def test_without_a_reference_there_is_no_divergence_and_one_answer_is_enough(measure, batch):
     assert not {"monitor/kl", "monitor/kl_on_policy"} & measure().keys()
     names = measure(rows=batch.first_answers(1)).keys()

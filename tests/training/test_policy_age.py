@@ -94,6 +94,7 @@ def saved(workdir, step):
     return ocp.StandardCheckpointHandler().metadata(workdir / "checkpoints" / str(step) / "state").tree
 
 
+@pytest.mark.nightly
 def test_every_step_sees_the_policy_of_the_beginning_of_its_window_also_after_a_kill(run, tmp_path):
     """The same result two ways: the loop shows an old policy, or the rows' maker remembers the one that it was shown."""
     now, expected = run(tmp_path / "now", every=1, remember=True)
