@@ -304,7 +304,7 @@ class _Run:
         options |= {"process_index": index, "process_count": count, "devices": mesh_lib.batch_divisor(mesh) // count, "order": order}
         processor, sizes, answers = self.policy.processor, self.policy.sizes, plan.layout.answers
         work = Work.of(self.objective, live_reference=self.reference.kind in ("live", "adapter_off", "ema"))
-        cost = cost_of(sizes, processor, answers, work=work, freeze=Trainable.of(c, sizes).frozen) if packed else None
+        cost = cost_of(sizes, answers, work=work, freeze=Trainable.of(c, sizes).frozen) if packed else None
         make = functools.partial(make_loader, records, processor, plan, **options, extras=extras, features=features, packed=cost)
         if cost is None:
             loader = make()

@@ -121,7 +121,7 @@ def measure(name: str) -> list[Side]:
 
 def _loader(policy: Pretrained, some: list[PreferenceRecord], which: str, work: Work) -> Loader:
     plan = plan_rows(some, policy.processor, DataConfig(buckets=8 if which == "8 buckets" else 1), answers=2)
-    cost: Callable | None = cost_of(policy.sizes, policy.processor, 2, work=work, freeze=_FROZEN) if which == "packed" else None
+    cost: Callable | None = cost_of(policy.sizes, 2, work=work, freeze=_FROZEN) if which == "packed" else None
     return make_loader(some, policy.processor, plan, batch_size=BATCH, devices=1, packed=cost)
 
 

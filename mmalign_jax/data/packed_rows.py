@@ -93,11 +93,8 @@ class PackedRows:
         return np.iinfo(np.int64).max // 2
 
     def __getitem__(self, position: int) -> PackedPlace:
-        parts, processes, groups, pairs = self._split.shape
-        number, place = divmod(int(position), parts * groups * pairs)
-        part, pair = divmod(place, groups * pairs)
-        at, step = (part, self._process, *divmod(pair, pairs)), self._step(number)
-        overall = number * self._split.batch + int(np.ravel_multi_index(at, self._split.shape))
+        number, at, overall = self._split.locate(position, self._process)
+        step = self._step(number)
         mine = (int(step.turn[at]), int(step.row[at]), bool(step.brings[at]), int(step.tile[at]), int(step.tiles[at]))
         return PackedPlace(overall, int(step.numbers[at]), *mine, step.shape)
 

@@ -94,6 +94,14 @@ class Split:
         groups = self.devices or own
         return self.parts, self.processes, groups, own // groups
 
+    def locate(self, position: int, process: int) -> tuple[int, tuple[int, int, int, int], int]:
+        """Of the row at `position` among all of a process: its batch, its place along `shape`, and its position among the rows of all processes."""
+        parts, _, groups, rows = self.shape
+        batch, place = divmod(int(position), parts * groups * rows)
+        part, row = divmod(place, groups * rows)
+        at = (part, process, *divmod(row, rows))
+        return batch, at, batch * self.batch + int(np.ravel_multi_index(at, self.shape))
+
 
 class OwnRows:
     """The rows of one process: its consecutive rows of each part of each batch. Random access by position, from several threads.
@@ -119,15 +127,9 @@ class OwnRows:
         return np.iinfo(np.int64).max // 2
 
     def __getitem__(self, position: int) -> Place:
-        parts, processes, groups, rows = self._split.shape
-        step, place = divmod(int(position), parts * groups * rows)
-        part, row = divmod(place, groups * rows)
-        at = (part, self._process, *divmod(row, rows))
+        step, at, overall = self._split.locate(position, self._process)
         numbers, picture, brings, size = self._batch(step)
-        return Place(
-            step * self._split.batch + int(np.ravel_multi_index(at, self._split.shape)), int(numbers[at]), int(picture[at]), bool(brings[at]),
-            size, rows,
-        )  # fmt: skip
+        return Place(overall, int(numbers[at]), int(picture[at]), bool(brings[at]), size, self._split.shape[-1])
 
     def stack(self, rows: Sequence[tuple[Place, dict[str, Any]]]) -> dict[str, Any]:
         return stack(rows)

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Iterator
 import jax
 import numpy as np
 
-from mmalign_jax.data.layout import RowProcessor
 from mmalign_jax.data.packing import Chosen, Cost, PackedShape
 from mmalign_jax.errors import UserError
 from mmalign_jax.hf.pictures import RowTraits
@@ -46,13 +45,8 @@ def check_packed(traits: RowTraits, pairs: int) -> None:
         )
 
 
-def cost_of(config: MllmConfig, processor: RowProcessor, answers: int, *, work: Work, freeze: Collection[str]) -> Cost:
-    """FLOPs of a device's rows by their shape.
-
-    Raises:
-      UserError: the model's rows cannot hold several pairs.
-    """
-    check_packed(processor.traits, 2)
+def cost_of(config: MllmConfig, answers: int, *, work: Work, freeze: Collection[str]) -> Cost:
+    """FLOPs of a device's rows by their shape, of a model that `check_packed` lets pass."""
     return lambda shape: packed_flops(config, shape, answers, work=work, freeze=freeze)
 
 

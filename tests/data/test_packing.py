@@ -14,9 +14,7 @@ from mmalign_jax.data.loader import make_loader
 from mmalign_jax.data.packing import Chosen, PackedShape, choose, deal, pack
 from mmalign_jax.data.plan import plan_rows
 from mmalign_jax.errors import UserError
-from mmalign_jax.models.presets import preset
-from mmalign_jax.training.flops import Work
-from mmalign_jax.training.packed import check_packed, cost_of, in_words
+from mmalign_jax.training.packed import check_packed, in_words
 from mmalign_jax.types import FIRST_ANSWER, PAD, PREFIX, Media, Response
 
 RANDOM = np.random.default_rng(0)
@@ -220,11 +218,11 @@ class OfManyTiles(LetterProcessor):
 @pytest.mark.parametrize(("processor", "message"), [(OfPatches(), "patches are those of one row"), (Turning(), "turn by time, row and column")])
 def test_models_whose_rows_cannot_be_shared_are_refused(processor, message):
     with pytest.raises(UserError, match=f"config.data.packed: .*{message}"):
-        cost_of(preset("llava-1.5-7b"), processor, 2, work=Work(), freeze=())
+        check_packed(processor.traits, 2)
 
 
 def test_pairs_share_rows_of_one_layout():
-    assert callable(cost_of(preset("llava-1.5-7b"), OfManyTiles(), 2, work=Work(), freeze=()))
+    check_packed(OfManyTiles.traits, 2)
     several = plan_rows(RECORDS, OfManyTiles(), DataConfig(), answers=2)
     assert len(several.buckets) > 1 == len(plan_rows(RECORDS, OfManyTiles(), DataConfig(packed=True), answers=2).buckets)
     with pytest.raises(ValueError, match="rows of several pairs have one layout, and the plan has"):

@@ -50,14 +50,6 @@ RECORDS = (*MIXED, LONG, record("short", "Dog?", "Yes.", "No.", images=[4]))
 SETTINGS = {"train": {"batch_size": 4, "seed": 3}, "data": {"buckets": 2, "workers": 0}, "reference": {"kind": "cached"}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Most of the time would be XLA's."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def settings(**groups):
     names = SETTINGS.keys() | groups.keys()
     return from_mapping({name: SETTINGS.get(name, {}) | groups.get(name, {}) for name in names})
