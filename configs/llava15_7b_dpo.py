@@ -11,7 +11,6 @@ from mmalign_jax import config_files
 def get_config():
     config = config_files.load(Path(__file__).with_name("base.py"))
     config.model.preset = "llava-1.5-7b"
-    config.model.remat = "dots"  # fits a v5e-64, see README; less is computed again than with block
     config.data.format = "rlaif_v"
     config.data.prefix_tokens = 704  # 576 image tokens and a prompt
     config.data.answer_tokens = 352

@@ -48,9 +48,9 @@ class ModelConfig:
         "models.implementation",
     )
     remat: str = setting(
-        "none",
+        "dots",
         choices=("none", "dots", "block", "offload", "auto"),
-        help="what is computed again in the backward pass, see models.remat. auto: none, dots or block, the first whose step fits memory_gib",
+        help="what is kept for the backward pass, see models.remat. auto: dots or block, the first whose step fits memory_gib",
     )
     memory_gib: float = setting(0.0, min=0.0, help="memory of a device that remat=auto may fill; 0: all that it has, on a CPU the machine's")
 

@@ -1,18 +1,18 @@
 """Attention behind two functions: packed rows, and decode lanes that share their row's cache."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mmalign_jax import mesh
+from mmalign_jax.models.block_attention import NEVER, QueryBlock, Scores, attend_blocks
 from mmalign_jax.models.config import DecoderConfig, RopeConfig
+from mmalign_jax.models.remat import ATTENTION
 from mmalign_jax.types import PAD, PREFIX
-
-_NEVER = -1e30  # finite, so that a row of padding, which sees nothing, is not NaN
 
 
 def packed_mask(
@@ -97,14 +97,12 @@ def rotate(x: Float[Array, "*b H E"], cos: Float[Array, "*b E"], sin: Float[Arra
     return x * cos[..., None, :].astype(x.dtype) + turned * sin[..., None, :].astype(x.dtype)
 
 
-def _softmax(scores: Float[Array, "*b K"], mask: Bool[Array, "*#b K"], config: DecoderConfig) -> Float[Array, "*b K"]:
-    scores = scores.astype(jnp.float32) * (config.head_width**-0.5 if config.query_scale is None else config.query_scale)
-    return jax.nn.softmax(jnp.where(mask, softcap(scores, config.attention_softcap), _NEVER), axis=-1)
+def _scores(config: DecoderConfig) -> Scores:
+    return Scores(config.head_width**-0.5 if config.query_scale is None else config.query_scale, config.attention_softcap)
 
 
-def softcap(x: Float[Array, "*b"], cap: float | None) -> Float[Array, "*b"]:
-    """cap * tanh(x / cap), or `x` without a cap (arXiv 2408.00118, section 2)."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
+def _softmax(products: Float[Array, "*b K"], mask: Bool[Array, "*#b K"], config: DecoderConfig) -> Float[Array, "*b K"]:
+    return jax.nn.softmax(jnp.where(mask, _scores(config)(products.astype(jnp.float32)), NEVER), axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,29 +168,13 @@ def attend(
     prefix, answer = regions.prefix, regions.answer
     query = mesh.reshape(query, (*query.shape[:2], key.shape[2], -1, query.shape[3]), "batch", None, "kv_heads", None, None)
     # heads before slots, once: blocks are then cut out of what lies side by side
-    query, key, value = query.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
-    block = jax.checkpoint(functools.partial(_attend_block, config), prevent_cse=False)  # no matter in a scan over layers
-    mixed = []
-    for start, stop, first, seen in regions.prefix_blocks:
-        mixed.append(block(query[..., start:stop, :], key[:, :, first:seen], value[:, :, first:seen], mask[:, start:stop, first:seen]))
+    query, key, value = (checkpoint_name(x, ATTENTION) for x in (query.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)))
+    blocks = [QueryBlock(start, stop, ((first, seen),)) for start, stop, first, seen in regions.prefix_blocks]
     for begin in range(prefix, query.shape[3], max(answer, 1)):
         for start, stop, first, seen in regions.answer_blocks:
-            here, own = slice(begin + start, begin + stop), slice(begin + first, begin + seen)
-            pair = lambda x, own=own: jnp.concatenate([x[:, :, :prefix], x[:, :, own]], axis=2)  # noqa: E731
-            allowed = jnp.concatenate([mask[:, here, :prefix], mask[:, here, own]], axis=2)
-            mixed.append(block(query[..., here, :], pair(key), pair(value), allowed))
-    mixed = jnp.concatenate(mixed, axis=3).transpose(0, 3, 1, 2, 4)
+            blocks.append(QueryBlock(begin + start, begin + stop, ((0, prefix), (begin + first, begin + seen))))
+    mixed = attend_blocks(tuple(blocks), _scores(config), query, key, value, mask).transpose(0, 3, 1, 2, 4)
     return mesh.reshape(mixed, (*mixed.shape[:2], -1, mixed.shape[-1]), "batch", None, "heads", None)
-
-
-def _attend_block(
-    config: DecoderConfig,
-    query: Float[Array, "B G r Q E"],
-    key: Float[Array, "B G K E"],
-    value: Float[Array, "B G K E"],
-    mask: Bool[Array, "B Q K"],
-) -> Float[Array, "B G r Q E"]:
-    return jnp.einsum("bgrqk,bgke->bgrqe", attention_weights(config, query, key, mask).astype(value.dtype), value)
 
 
 def attention_weights(

@@ -50,10 +50,14 @@ def _product_backward(equation: str, out_axes: tuple, kernel_axes: tuple, kept: 
     if kernel is not None:
         to_x = jnp.einsum(f"{result},{of_kernel}->{of_x}", y, kernel, out_sharding=mesh.out_sharding(*out_axes[:rows], kernel_axes[0]))
     if x is not None:
-        small = x.shape[-1] <= math.prod(y.shape[rows:])
-        first, second = ((of_x, x), (result, y)) if small else ((result, y), (of_x, x))
-        product = f"{first[0]},{second[0]}->{of_kernel}"
-        to_kernel = jnp.einsum(product, first[1], second[1], out_sharding=mesh.out_sharding(*kernel_axes))
+        if x.shape[-1] <= math.prod(y.shape[rows:]):
+            to_kernel = jnp.einsum(f"{of_x},{result}->{of_kernel}", x, y, out_sharding=mesh.out_sharding(*kernel_axes))
+        else:
+            turned = f"{of_kernel[1:]}{of_kernel[0]}"
+            of_turned = jnp.einsum(f"{result},{of_x}->{turned}", y, x, out_sharding=mesh.out_sharding(*kernel_axes[1:], kernel_axes[0]))
+            # XLA would make one product of product and transposition, and transpose `x` again
+            of_turned = jax.lax.platform_dependent(of_turned, cpu=jax.lax.optimization_barrier, default=lambda gradient: gradient)
+            to_kernel = jnp.moveaxis(of_turned, -1, 0)
     return to_x, to_kernel
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from mmalign_jax import mesh
 from mmalign_jax.models.apart import are_apart
-from mmalign_jax.models.attention import Regions, packed_mask, softcap
+from mmalign_jax.models.attention import Regions, packed_mask
+from mmalign_jax.models.block_attention import softcap
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.connector import Connector
 from mmalign_jax.models.decoder import Decoder, KeyValues, LayerCache, Masks, local_layers, put

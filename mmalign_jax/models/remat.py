@@ -8,6 +8,7 @@ import jax
 Layer = TypeVar("Layer", bound=type[nn.Module])
 
 POLICIES = ("none", "dots", "block", "offload")
+ATTENTION = "attention"  # `checkpoint_name` of what attention reads and gives
 AUTO = "auto"  # a setting, no policy: the first of these that fits into the devices' memory, see `training.memory`
 
 
@@ -20,14 +21,16 @@ def remat(layer: Layer, policy: str) -> Layer:
     """The layer, for a scan over layers.
 
     Args:
-      policy: "none" keeps everything; "dots" keeps the results of the linears; "offload" keeps these, too, but in the host's memory
+      policy: "none" keeps everything; "dots" keeps the results of the linears and of attention (but not cuDNN's), so no product is computed again but
+        those of queries and keys, of which attention keeps nothing; "offload" keeps the results of the linears, in the host's memory
         (accelerators only); "block" keeps the layer's input alone.
 
     Raises:
       ValueError: another policy.
     """
+    policies = jax.checkpoint_policies
     policies = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)),
         "block": None,
         "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     }

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from mmalign_jax import mesh
 from mmalign_jax.models.attention import Regions
 from mmalign_jax.models.config import DecoderConfig
+from mmalign_jax.models.remat import ATTENTION
 
 LANES = 128  # blocks are multiples of it, and so are the heads' channels beyond it
 _LARGEST = 512
@@ -70,6 +71,7 @@ def _of_device(softcap: float | None, regions: Regions, interpret: bool, query: 
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,
+        residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
     mixed = jax.vmap(kernel)(place(query), place(key), place(value), kernels.SegmentIds(segment, segment))

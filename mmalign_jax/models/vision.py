@@ -3,18 +3,19 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mmalign_jax import mesh
+from mmalign_jax.models.block_attention import QueryBlock, Scores, attend_blocks
 from mmalign_jax.models.config import MllmConfig, VisionConfig
 from mmalign_jax.models.layers import LayerNorm, Linear, RMSNorm, activation, gathered
 from mmalign_jax.models.patches import PatchEmbedding, rotary_tables, segment_mask, window_mask
-from mmalign_jax.models.remat import remat
+from mmalign_jax.models.remat import ATTENTION, remat
 from mmalign_jax.types import Patches
 
 # B M N: rows are split over the mesh. M counts tiles, or attention windows of pictures of any size; tokens are seen within one.
 _ROWS = ("batch", None, None)
-_NEVER = -1e30
 _QUERIES, _BLOCKS = 192, 8  # of a block, about; of a picture, at most
 
 
@@ -27,25 +28,21 @@ def attend(
 ) -> Float[Array, "B M Q H E"]:
     """Exact attention within tiles or windows, a block of queries at a time; softmax in float32.
 
-    Scores of one block exist at a time, and the backward pass computes them again: none of a whole picture are kept.
+    Args:
+      mask: of all rows and tiles, or one for all.
     """
-    # heads before slots, once: blocks are then cut out of what lies side by side
-    query, key, value = (x.swapaxes(2, 3) for x in (query, key, value))
-    block = jax.checkpoint(_attend_block, prevent_cse=False)  # no matter in a scan over layers
-    slots = query.shape[3]
-    size = -(-slots // min(max(slots // _QUERIES, 1), _BLOCKS))
-    mixed = []
-    for start in range(0, slots, size):
-        here = slice(start, start + size)
-        mixed.append(block(query[..., here, :], key, value, mask if mask is None or mask.shape[2] == 1 else mask[:, :, here]))
-    return jnp.concatenate(mixed, axis=3).swapaxes(2, 3)
+    rows, tiles, slots, heads, width = query.shape
 
+    def folded(x: Array) -> Array:
+        shape = (rows * tiles, heads, x.shape[2], width)
+        return checkpoint_name(mesh.reshape(x.swapaxes(2, 3), shape, "batch", "heads", None, None), ATTENTION)
 
-def _attend_block(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
-    scores = jnp.einsum("bmhqe,bmhke->bmhqk", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     if mask is not None:
-        scores = jnp.where(mask[:, :, None], scores, _NEVER)
-    return jnp.einsum("bmhqk,bmhke->bmhqe", jax.nn.softmax(scores, axis=-1).astype(value.dtype), value)
+        mask = mesh.reshape(mask, (mask.shape[0] * mask.shape[1], *mask.shape[2:]), "batch" if mask.shape[0] > 1 else None, None, None)
+    size, keys = -(-slots // min(max(slots // _QUERIES, 1), _BLOCKS)), ((0, key.shape[2]),)
+    blocks = tuple(QueryBlock(start, min(start + size, slots), keys) for start in range(0, slots, size))
+    mixed = attend_blocks(blocks, Scores(width**-0.5), folded(query)[:, :, None], folded(key), folded(value), mask)
+    return mesh.reshape(mixed, (rows, tiles, heads, slots, width), *_ROWS[:2], "heads", None, None).swapaxes(2, 3)
 
 
 class Attention(nn.Module):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 
 from mmalign_jax.errors import UserError
-from mmalign_jax.models.remat import AUTO, POLICIES
+from mmalign_jax.models.remat import AUTO
 from mmalign_jax.types import PairBatch, TrainState
 
 GIB = 2**30
@@ -68,9 +68,9 @@ class Fitting:
 def candidates(remat: str) -> tuple[str, ...]:
     """What `config.model.remat` lets the choice be between, cheapest first.
 
-    Not `offload`, which takes minutes to compile, and was not run yet.
+    Not `none`: reading what it keeps takes longer than computing it again. Not `offload`, which takes minutes to compile, and was not run yet.
     """
-    return tuple(name for name in POLICIES if name != "offload") if remat == AUTO else (remat,)
+    return ("dots", "block") if remat == AUTO else (remat,)
 
 
 def fitting(lower: Callable[[str], Lowered], names: Sequence[str], limit: int, stopped: Callable[[], bool] = lambda: False) -> Fitting:

@@ -90,10 +90,11 @@ def test_what_is_too_far_apart_to_be_of_one_pair_is_left_out(bidirectional):
 
 
 def sizes(jaxpr) -> set[int]:
-    """Elements of all arrays that a computation makes."""
+    """Elements of all arrays of floats that a computation makes."""
     out = set()
     for equation in jaxpr.eqns:
-        out |= {math.prod(v.aval.shape) for v in equation.outvars if hasattr(v.aval, "shape")}
+        made = [v.aval for v in equation.outvars if hasattr(v.aval, "shape") and jnp.issubdtype(v.aval.dtype, jnp.floating)]
+        out |= {math.prod(one.shape) for one in made}
         for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
                 out |= sizes(getattr(inner, "jaxpr", inner))
