@@ -88,7 +88,7 @@ def test_the_directory_holds_everything(run, base):
     count = len(PHOTOGRAPHS)
     assert f"{count} records of {count} rows" in done.stdout and f"{count} of {count} rows" in done.stdout
     assert "Attention by blocks (config.model.attention=auto)" in done.stdout
-    assert done.stdout.count("Remat none: a step needs ") == 1  # the machine has room for a model this small
+    assert done.stdout.count("Remat dots: a step needs ") == 1  # the machine has room for a model this small
     assert "USER: <image>" in done.stdout and "1 images of up to 42 x 42 pixels" in done.stdout
     assert done.stderr == ""
 

@@ -116,7 +116,8 @@ def test_a_lane_behind_an_answers_token_equals_a_row_that_ends_there(request, na
         cut["role"][2 * row + answer, : len(slots)] = PREFIX
         np.testing.assert_array_equal(cut["positions"][2 * row + answer, : len(slots)], np.arange(len(slots)))
     repeated = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), batch)
-    lanes, alone = both(batch, dataclasses.replace(repeated, **{name: jnp.asarray(value) for name, value in cut.items()}))
+    changed = {name: jnp.asarray(value) for name, value in cut.items()} | {"prefix_slots": width - 8, "answer_slots": 8}
+    lanes, alone = both(batch, dataclasses.replace(repeated, **changed))
     np.testing.assert_array_equal(lanes.tokens.reshape(8, X), alone.tokens[:, 0])
     np.testing.assert_allclose(lanes.logps.reshape(8, X), alone.logps[:, 0], atol=1e-5)
     assert len({tuple(lane) for lane in np.asarray(alone.tokens[:, 0])}) == 8
