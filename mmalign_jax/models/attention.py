@@ -164,11 +164,18 @@ def attend(
 
     Args:
       mask: allows nothing outside of what `regions` says.
+
+    Raises:
+      ValueError: the row is not a prefix and whole answers.
     """
     prefix, answer = regions.prefix, regions.answer
+    if query.shape[1] < prefix or (query.shape[1] - prefix) % max(answer, 1):
+        raise ValueError(f"{query.shape[1]} slots are not {prefix} for the prefix and a multiple of {answer} for the answers")
     query = mesh.reshape(query, (*query.shape[:2], key.shape[2], -1, query.shape[3]), "batch", None, "kv_heads", None, None)
     # heads before slots, once: blocks are then cut out of what lies side by side
-    query, key, value = (checkpoint_name(x, ATTENTION) for x in (query.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)))
+    query, key, value = query.transpose(0, 2, 3, 1, 4), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    if not config.qk_norm:  # of which the backward pass needs what it read, and that is kept
+        query, key, value = (checkpoint_name(x, ATTENTION) for x in (query, key, value))
     blocks = [QueryBlock(start, stop, ((first, seen),)) for start, stop, first, seen in regions.prefix_blocks]
     for begin in range(prefix, query.shape[3], max(answer, 1)):
         for start, stop, first, seen in regions.answer_blocks:

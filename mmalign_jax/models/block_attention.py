@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
+from mmalign_jax.models.layers import softcap
 from mmalign_jax.models.remat import ATTENTION
 
 NEVER = -1e30  # finite, so that a row of padding, which sees nothing, is not NaN
-Kept = tuple[Array, Array, Array, Array | None, Array, Array, Array]
+Kept = tuple[Array, Array, Array, Array | None, Array, Array, Array]  # query, key, value, mask, result, largest scores, sums of exponentials
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +39,6 @@ class Scores:
         return gradient * self.scale if self.cap is None else gradient * (self.scale * (1 - (scores / self.cap) ** 2))
 
 
-def softcap(x: Float[Array, "*b"], cap: float | None) -> Float[Array, "*b"]:
-    """cap * tanh(x / cap), or `x` without a cap (arXiv 2408.00118, section 2)."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def attend_blocks(
     blocks: tuple[QueryBlock, ...],
@@ -58,7 +54,7 @@ def attend_blocks(
     exponentials: so it looks for neither again, and what the derivative of the softmax sums over keys it takes from the result.
 
     Args:
-      blocks: without gaps, in the order of their queries.
+      blocks: of all queries, in their order, without gaps, which is not checked.
       mask: who sees whom. A query that sees nothing gets the mean of the values that its block reads.
     """
     return _forward(blocks, scores, query, key, value, mask)[0]
@@ -92,15 +88,12 @@ def _backward(blocks: tuple[QueryBlock, ...], scores: Scores, kept: Kept, gradie
         here = slice(block.start, block.stop)
         queries, keys, values, asked = query[..., here, :], _read(key, block, 2), _read(value, block, 2), gradient[..., here, :]
         by_query = lambda x, here=here: x[:, :, None, :, here]  # noqa: E731
-        hide = lambda x, hidden: x  # noqa: E731
-        if turned is not None:
-            seen = _read(turned if turned.shape[2] == 1 else turned[:, :, here], block, 1)[:, None, :, None]
-            hide = lambda x, hidden, seen=seen: jnp.where(seen, x, hidden)  # noqa: E731
+        seen = True if turned is None else _read(turned if turned.shape[2] == 1 else turned[:, :, here], block, 1)[:, None, :, None]
         found = scores(jnp.einsum("bgxe,bgrqe->bgxrq", keys, queries, **f32))
-        weights = jnp.exp(hide(found, NEVER) - by_query(most)) / by_query(total)
+        weights = jnp.exp(jnp.where(seen, found, NEVER) - by_query(most)) / by_query(total)
         of_scores = weights * (jnp.einsum("bgxe,bgrqe->bgxrq", values, asked, **f32) - by_query(inner))
-        of_products = scores.back(found, hide(of_scores, 0.0)).astype(key.dtype)
-        # no other block adds to it, so it needs no float32; CPUs have no such product of bfloat16
+        of_products = scores.back(found, jnp.where(seen, of_scores, 0)).astype(key.dtype)
+        # no other block adds to it, so its type will do; in float32 CPUs have no such product of bfloat16
         of_query.append(jnp.einsum("bgxe,bgxrq->bgerq", keys, of_products).transpose(0, 1, 3, 4, 2))
         of_key = _add(of_key, jnp.einsum("bgxrq,bgrqe->bgxe", of_products, queries, **f32), block)
         of_value = _add(of_value, jnp.einsum("bgxrq,bgrqe->bgxe", weights.astype(value.dtype), asked, **f32), block)

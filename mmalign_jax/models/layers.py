@@ -166,6 +166,11 @@ class LayerNorm(nn.Module):
         return (normed * scale + bias).astype(x.dtype)
 
 
+def softcap(x: Float[Array, "*b"], cap: float | None) -> Float[Array, "*b"]:
+    """cap * tanh(x / cap), or `x` without a cap (arXiv 2408.00118, section 2)."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def activation(name: str) -> Callable[[Array], Array]:
     """The activation that a Hugging Face config calls `name`.
 

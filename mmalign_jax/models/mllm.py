@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from mmalign_jax import mesh
 from mmalign_jax.models.apart import are_apart
 from mmalign_jax.models.attention import Regions, packed_mask
-from mmalign_jax.models.block_attention import softcap
 from mmalign_jax.models.config import MllmConfig
 from mmalign_jax.models.connector import Connector
 from mmalign_jax.models.decoder import Decoder, KeyValues, LayerCache, Masks, local_layers, put
 from mmalign_jax.models.implementation import Attention
+from mmalign_jax.models.layers import softcap
 from mmalign_jax.models.patches import take_patches
 from mmalign_jax.models.score_head import scores
 from mmalign_jax.models.shared_pictures import at_tokens

@@ -9,7 +9,7 @@ Layer = TypeVar("Layer", bound=type[nn.Module])
 
 POLICIES = ("none", "dots", "block", "offload")
 ATTENTION = "attention"  # `checkpoint_name` of what attention reads and gives
-AUTO = "auto"  # a setting, no policy: the first of these that fits into the devices' memory, see `training.memory`
+AUTO = "auto"  # a setting, no policy: the cheapest that fits into the devices' memory, see `training.memory`
 
 
 def least(setting: str) -> str:
@@ -28,11 +28,11 @@ def remat(layer: Layer, policy: str) -> Layer:
     Raises:
       ValueError: another policy.
     """
-    policies = jax.checkpoint_policies
+    known = jax.checkpoint_policies
     policies = {
-        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(ATTENTION)),
+        "dots": known.save_from_both_policies(known.dots_with_no_batch_dims_saveable, known.save_only_these_names(ATTENTION)),
         "block": None,
-        "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+        "offload": known.offload_dot_with_no_batch_dims("device", "pinned_host"),
     }
     if policy not in POLICIES:
         raise ValueError(f"unknown remat policy {policy!r}; there are {', '.join(POLICIES)}")

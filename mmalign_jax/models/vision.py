@@ -3,7 +3,6 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from mmalign_jax import mesh
@@ -11,7 +10,7 @@ from mmalign_jax.models.block_attention import QueryBlock, Scores, attend_blocks
 from mmalign_jax.models.config import MllmConfig, VisionConfig
 from mmalign_jax.models.layers import LayerNorm, Linear, RMSNorm, activation, gathered
 from mmalign_jax.models.patches import PatchEmbedding, rotary_tables, segment_mask, window_mask
-from mmalign_jax.models.remat import ATTENTION, remat
+from mmalign_jax.models.remat import remat
 from mmalign_jax.types import Patches
 
 # B M N: rows are split over the mesh. M counts tiles, or attention windows of pictures of any size; tokens are seen within one.
@@ -24,18 +23,17 @@ def norm(config: VisionConfig, name: str) -> nn.Module:
 
 
 def attend(
-    query: Float[Array, "B M Q H E"], key: Float[Array, "B M N H E"], value: Float[Array, "B M N H E"], mask: Bool[Array, "_B M #Q N"] | None
+    query: Float[Array, "B M Q H E"], key: Float[Array, "B M N H E"], value: Float[Array, "B M N H E"], mask: Bool[Array, "_B _M #Q N"] | None
 ) -> Float[Array, "B M Q H E"]:
     """Exact attention within tiles or windows, a block of queries at a time; softmax in float32.
 
     Args:
-      mask: of all rows and tiles, or one for all.
+      mask: `[B M ...]`, or `[1 1 ...]` for all rows and tiles.
     """
     rows, tiles, slots, heads, width = query.shape
 
     def folded(x: Array) -> Array:
-        shape = (rows * tiles, heads, x.shape[2], width)
-        return checkpoint_name(mesh.reshape(x.swapaxes(2, 3), shape, "batch", "heads", None, None), ATTENTION)
+        return mesh.reshape(x.swapaxes(2, 3), (rows * tiles, heads, x.shape[2], width), "batch", "heads", None, None)
 
     if mask is not None:
         mask = mesh.reshape(mask, (mask.shape[0] * mask.shape[1], *mask.shape[2:]), "batch" if mask.shape[0] > 1 else None, None, None)

@@ -68,7 +68,8 @@ class Fitting:
 def candidates(remat: str) -> tuple[str, ...]:
     """What `config.model.remat` lets the choice be between, cheapest first.
 
-    Not `none`: reading what it keeps takes longer than computing it again. Not `offload`, which takes minutes to compile, and was not run yet.
+    Not `none`: on a CPU reading what it keeps takes longer than computing it again, and on accelerators neither was timed. Not `offload`,
+    which takes minutes to compile, and was not run yet.
     """
     return ("dots", "block") if remat == AUTO else (remat,)
 

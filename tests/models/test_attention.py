@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.jaxprs import equations
 from helpers.tiny import quick_jit
 
 from mmalign_jax.models import splash
@@ -91,14 +92,8 @@ def test_what_is_too_far_apart_to_be_of_one_pair_is_left_out(bidirectional):
 
 def sizes(jaxpr) -> set[int]:
     """Elements of all arrays of floats that a computation makes."""
-    out = set()
-    for equation in jaxpr.eqns:
-        made = [v.aval for v in equation.outvars if hasattr(v.aval, "shape") and jnp.issubdtype(v.aval.dtype, jnp.floating)]
-        out |= {math.prod(one.shape) for one in made}
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                out |= sizes(getattr(inner, "jaxpr", inner))
-    return out
+    made = [v.aval for equation in equations(jaxpr) for v in equation.outvars if hasattr(v.aval, "shape")]
+    return {math.prod(one.shape) for one in made if jnp.issubdtype(one.dtype, jnp.floating)}
 
 
 def test_scores_of_a_whole_row_never_exist():
@@ -116,6 +111,12 @@ def test_products_are_counted_as_they_are_computed():
     cost = jax.jit(lambda *qkv: attend(config(), *qkv, mask, regions)).lower(query, key, value).compile().cost_analysis()
     np.testing.assert_allclose(cost["flops"], 4 * HEADS * WIDTH * counted, rtol=0.2)  # the softmax is the rest
     assert Regions(PREFIX_SLOTS, ANSWER_SLOTS, causal=False).products(0) == PREFIX_SLOTS**2
+
+
+def test_a_row_is_a_prefix_and_whole_answers():
+    query, key, value, mask, _ = arrays()
+    with pytest.raises(ValueError, match="580 slots are not 300 for the prefix and a multiple of 141 for the answers"):
+        attend(config(), query, key, value, mask, Regions(PREFIX_SLOTS, ANSWER_SLOTS + 1, causal=True))
 
 
 def membership():

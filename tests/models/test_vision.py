@@ -1,9 +1,12 @@
 """Attention of the tower, a block of queries at a time."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.jaxprs import equations
 
 from mmalign_jax.models.vision import attend
 
@@ -39,6 +42,13 @@ def test_scores_are_not_kept_for_the_backward_pass():
     query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 1, SLOTS, 2, 8))
     saved = jax.eval_shape(lambda *args: jax.vjp(lambda *args: attend(*args, None), *args)[1], query, key, value)
     assert max(leaf.size for leaf in jax.tree.leaves(saved)) <= query.size
+
+
+def test_scores_of_a_whole_picture_never_exist():
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 1, 1, SLOTS, 2, 8))
+    jaxpr = jax.make_jaxpr(jax.grad(lambda query: jnp.sum(attend(query, key, value, None))))(query).jaxpr
+    made = [math.prod(v.aval.shape) for equation in equations(jaxpr) for v in equation.outvars]
+    assert max(made) == 2 * SLOTS // 2 * SLOTS  # heads, queries of a block, keys
 
 
 def test_one_query_sees_all_keys():
