@@ -145,7 +145,7 @@ def test_accumulated_equals_whole(tiny, batch, whole, count):
     assert abs(metrics["rewards/margins"]) > 1e-3
     accumulating = Step(tiny, parts(batch, count))
     after, got = accumulating(accumulating.state(), reference)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), jax.device_get(after.params), expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), jax.device_get(after.params), expected)
     assert got.keys() == metrics.keys()
     for name in metrics.keys() - SIGNS_OF_ROUNDING:
         np.testing.assert_allclose(got[name], metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
