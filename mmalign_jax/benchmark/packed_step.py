@@ -26,7 +26,7 @@ from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.benchmark import words
 from mmalign_jax.benchmark.model import hf_config, write_model
 from mmalign_jax.benchmark.packing import SETS, Lengths
-from mmalign_jax.config import DataConfig, ModelConfig, OptimizerConfig
+from mmalign_jax.config import DataConfig, OptimizerConfig
 from mmalign_jax.data.device import to_device
 from mmalign_jax.data.loader import Loader, make_loader
 from mmalign_jax.data.plan import plan_rows
@@ -90,8 +90,7 @@ class Side:
 def measure(name: str) -> list[Side]:
     """The three sides, measured in turn."""
     with tempfile.TemporaryDirectory() as scratch:
-        model, mesh = write_model(Path(scratch) / "model", model_config()), mesh_lib.make_mesh(devices=jax.devices()[:1])
-        policy = Pretrained.read(model, mesh, "float32", remat=ModelConfig().remat)
+        policy = Pretrained.read(write_model(Path(scratch) / "model", model_config()), mesh_lib.make_mesh(devices=jax.devices()[:1]), "float32")
         objective, rule = losses.build("dpo"), Trainable(frozenset(_FROZEN))
         settings, work = OptimizerConfig(learning_rate=1e-6, schedule="constant"), Work(reference=True)
         optimizer = make_optimizer(settings, 1 << 20)

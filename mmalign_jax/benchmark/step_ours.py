@@ -23,7 +23,7 @@ from mmalign_jax import mesh as mesh_lib
 from mmalign_jax.benchmark.child import peak_bytes, serve
 from mmalign_jax.benchmark.pairs import Pair, PairWorkload
 from mmalign_jax.benchmark.separate_rows import SeparateRows, apart
-from mmalign_jax.config import DataConfig, ModelConfig, OptimizerConfig
+from mmalign_jax.config import DataConfig, OptimizerConfig
 from mmalign_jax.data.device import to_device
 from mmalign_jax.data.loader import Loader, make_loader
 from mmalign_jax.data.plan import plan_rows
@@ -85,7 +85,7 @@ def runner(workload: PairWorkload, form: str = "", directory: Path | None = None
     naive = form == "naive"
     objective = losses.build(workload.objective, beta=workload.beta)
     objective = dataclasses.replace(objective, reference_free=workload.reference == "none")
-    policy = Pretrained.read(Path(workload.model), mesh_lib.make_mesh(), "auto", remat=ModelConfig().remat)
+    policy = Pretrained.read(Path(workload.model), mesh_lib.make_mesh(), "auto")
     loader = loader_of(workload, policy, shared=form in ("", "features"), features=directory / "features" if form == "features" else None)
     loss = (SeparateRows if naive else LossFunction)(policy.model, objective)
     rule, settings = Trainable(frozenset(_FROZEN)), OptimizerConfig(learning_rate=workload.learning_rate, schedule="constant")

@@ -41,7 +41,7 @@ class Pretrained:
     seed: int = 0
 
     @classmethod
-    def read(cls, path: Path, mesh: Mesh, compute_dtype: str = "auto", *, remat: str = "none", attention: str = "auto") -> "Pretrained":
+    def read(cls, path: Path, mesh: Mesh, compute_dtype: str = "auto", *, remat: str = "dots", attention: str = "auto") -> "Pretrained":
         """Reads config, tokenizer and processor.
 
         Args:

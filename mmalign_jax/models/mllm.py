@@ -59,7 +59,7 @@ class Mllm:
     pixel_mean: tuple[float, float, float]
     pixel_std: tuple[float, float, float]
     dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "dots"
     attention: Attention = Attention()
 
     def without_adapter(self) -> "Mllm":

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from mmalign_jax.config import ModelConfig
 from mmalign_jax.data.layout import RowLayout, lay_out, stack_rows, tokenize
 from mmalign_jax.data.shared_pictures import places
 from mmalign_jax.hf.import_ import load_params, read_config
@@ -42,8 +41,7 @@ class Tiny:
     def load(cls, directory: pathlib.Path, **changes) -> "Tiny":
         config = read_config(directory)
         processor = load_processor(directory, config)
-        model = Mllm(config, processor.mean, processor.std, **{"remat": ModelConfig().remat, **changes})  # as runs have it
-        return cls(directory, config, processor, model, load_params(directory, config))
+        return cls(directory, config, processor, Mllm(config, processor.mean, processor.std, **changes), load_params(directory, config))
 
     def sharded(self, mesh: jax.sharding.Mesh) -> dict:
         return load_params(self.directory, self.config, param_shardings(self.config, mesh))

@@ -69,6 +69,10 @@ def test_dots_keeps_results_of_linears_and_attention_once(tiny, qk_norm):
     assert sorted(of_token) == sorted(expected), (of_token, shapes)
 
 
+def test_a_model_is_made_as_runs_have_it(tiny):
+    assert tiny.model.remat == from_mapping({}).model.remat == "dots"
+
+
 def test_names():
     with pytest.raises(ValueError, match="unknown remat policy 'full'"):
         remat.remat(Linear, "full")
