@@ -54,13 +54,17 @@ def attend_blocks(
     exponentials: so it looks for neither again, and what the derivative of the softmax sums over keys it takes from the result.
 
     Args:
-      blocks: of all queries, in their order, without gaps, which is not checked.
+      blocks: of all queries, in their order, without gaps.
       mask: who sees whom. A query that sees nothing gets the mean of the values that its block reads.
+
+    Raises:
+      ValueError: the blocks are not all queries one behind the other, or one reads a slot twice, or a slot that is not there.
     """
     return _forward(blocks, scores, query, key, value, mask)[0]
 
 
 def _forward(blocks: tuple[QueryBlock, ...], scores: Scores, query: Array, key: Array, value: Array, mask: Array | None) -> tuple[Array, Kept]:
+    _check(blocks, query.shape[3], key.shape[2])
     mixed, most, total = [], [], []
     for block in blocks:
         here, keys, values = query[..., block.start : block.stop, :], _read(key, block, 2), _read(value, block, 2)
@@ -101,6 +105,18 @@ def _backward(blocks: tuple[QueryBlock, ...], scores: Scores, kept: Kept, gradie
 
 
 attend_blocks.defvjp(_forward, _backward)
+
+
+def _check(blocks: tuple[QueryBlock, ...], queries: int, keys: int) -> None:
+    """A query that no block has would shift all behind it, and slices of what is not there are moved to what is."""
+    at = 0
+    for block in blocks:
+        edges = [edge for piece in block.keys for edge in piece]
+        if block.start != at or edges != sorted(edges) or not 0 <= edges[0] <= edges[-1] <= keys:
+            raise ValueError(f"{block} behind query {at} of {queries}, with {keys} keys")
+        at = block.stop
+    if at != queries:
+        raise ValueError(f"the blocks end at query {at} of {queries}")
 
 
 def _of_block(mask: Bool[Array, "_B _T X"], block: QueryBlock) -> Bool[Array, "_B _q _x"]:

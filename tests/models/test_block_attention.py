@@ -78,3 +78,17 @@ def test_what_is_kept_by_name_spares_the_forward_pass():
 
     assert passes(None) == 3
     assert passes(jax.checkpoint_policies.save_only_these_names(ATTENTION)) == 2
+
+
+@pytest.mark.parametrize(
+    ("blocks", "words"),
+    [
+        ((QueryBlock(0, 3, ((0, 9),)), QueryBlock(4, 7, ((0, 9),))), r"QueryBlock\(start=4, .* behind query 3 of 7, with 9 keys"),
+        ((QueryBlock(0, 5, ((0, 9),)),), "the blocks end at query 5 of 7"),
+        ((QueryBlock(0, 7, ((0, 10),)),), "with 9 keys"),
+        ((QueryBlock(0, 7, ((0, 5), (4, 9))),), "QueryBlock"),
+    ],
+)  # fmt: skip
+def test_blocks_with_gaps_and_slots_that_are_not_there_are_refused(blocks, words):
+    with pytest.raises(ValueError, match=words):
+        attend_blocks(blocks, Scores(0.5), *arrays()[0], None)

@@ -1,11 +1,15 @@
 """Linears: their gradients beside those of a plain product, and what they keep for them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mmalign_jax.models.layers import Linear
+
+pytestmark = pytest.mark.optimised
 
 SHAPES = {
     "wider": ("btd,df->btf", (2, 3, 8), (8, 20), ("embed", "mlp")),
@@ -41,3 +45,13 @@ def test_a_frozen_kernel_keeps_no_input(name):
     assert kept(lambda x: ours(x, kernel), x) == [kernel.size]
     assert kept(lambda kernel: ours(x, kernel), kernel) == [x.size]
     assert kept(ours, x, kernel) == sorted([x.size, kernel.size])
+
+
+@pytest.mark.parametrize(("name", "product"), [("wider", "8,20"), ("narrower", "8,20")])
+def test_a_cpu_transposes_the_smaller_factor_of_a_kernels_gradient(name, product):
+    """The gradient of a kernel `[20, 8]` is computed as `[8, 20]`: XLA would make the transposition behind it a part of the product."""
+    _, x, kernel, ours = arrays(name)
+    loss = lambda x, kernel: jnp.sum(jnp.sin(ours(jnp.tanh(x), kernel)))  # noqa: E731
+    text = jax.jit(jax.grad(loss, argnums=1)).lower(x, kernel).compile().as_text()
+    of_kernel = [line for line in text.splitlines() if " dot(" in line and "transpose(jvp" in line]
+    assert [re.search(r"= f32\[(.*?)\]", line)[1] for line in of_kernel] == [product]

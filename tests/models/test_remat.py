@@ -67,6 +67,10 @@ def test_dots_keeps_results_of_linears_and_attention_once(tiny, qk_norm):
     heads = sizes.heads * sizes.head_width
     expected = [sizes.width] * 2 + [heads] * 4 + [sizes.mlp_width] * 2 + [sizes.heads] * 2
     assert sorted(of_token) == sorted(expected), (of_token, shapes)
+    # query, key and value as attention reads them, and not as linears gave them: they would be rotated and turned again. Norms need the latter
+    keys = (slots, sizes.head_width)
+    as_read = [shapes.count((layers, rows, sizes.kv_heads, *more, *keys)) for more in ((1,), ())]
+    assert as_read == ([1, 0] if qk_norm else [2, 2])
 
 
 def test_a_model_is_made_as_runs_have_it(tiny):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from helpers.packed import GROUPS, HEADS, REGIONS, USED, config, rows
 from mmalign_jax.mesh import make_mesh, sharding
 from mmalign_jax.models import splash
 from mmalign_jax.models.attention import Regions, attend, packed_mask
+from mmalign_jax.models.remat import ATTENTION
 from mmalign_jax.types import PAD
 
 
@@ -104,3 +106,24 @@ def test_every_device_has_its_rows_and_heads():
         traced = step.trace(shape(HEADS), shape(GROUPS), shape(GROUPS), there)
         text = traced.lower(lowering_platforms=("tpu",)).as_text()
     assert "tpu_custom_call" in text and "2x2x512x128xbf16" in text
+
+
+def test_what_is_kept_by_name_spares_the_forward_kernel():
+    c, regions = config(head_width=128), Regions(256, 128, True)
+    qkv, role, _ = rows(regions, ((256, 128, 128),), 128)
+
+    def kernels(policy):
+        """How many there are, forward and backward, of a layer that is computed again in the backward pass."""
+        layer = jax.checkpoint(lambda *qkv: jnp.sin(splash.attend(c, *qkv, role != PAD, regions)), policy=policy)
+        traced = jax.jit(jax.value_and_grad(lambda qkv: jnp.sum(layer(*qkv)))).trace(qkv)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        bodies = dict(re.findall(r"func\.func \w+ @(\w+)\((.*?)(?=func\.func|\Z)", text, re.DOTALL))
+
+        def run(function):  # equal functions are written once
+            calls = re.findall(r"call @(\w+)\(", bodies[function])
+            return sum(1 if name == "tpu_custom_call" else run(name) for name in calls)
+
+        return run("main")
+
+    assert kernels(None) == 4
+    assert kernels(jax.checkpoint_policies.save_only_these_names(ATTENTION)) == 3
