@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from mmalign_jax import cli
-from mmalign_jax.benchmark import bdhs, step
+from mmalign_jax.benchmark import bdhs, step, words
 from mmalign_jax.benchmark.model import hf_config, write_model
 from mmalign_jax.benchmark.pairs import PairWorkload, Shape, make_pairs
 from mmalign_jax.benchmark.workload import Options, Workload, make_items
@@ -82,14 +82,15 @@ def _bdhs(model: Path, directory: Path, console: Console) -> tuple[dict[str, Any
 
 def _step(model: Path, directory: Path, console: Console) -> tuple[dict[str, Any], tuple]:
     options = flags.FLAGS
-    words = (options.prompt_words, options.answer_words)
-    shape = Shape(options.batch or 4, options.images, options.side, *words, options.pairs_of_image)
+    shape = Shape(options.batch or 4, options.images, options.side, options.prompt_words, options.answer_words, options.pairs_of_image)
     console.line(f"{shape}; pictures of {options.photographs or 'noise'}, random words, every step on the same pairs")
     known = {"objective": options.objective, "beta": options.beta, "reference": options.reference}
     photographs = sorted(Path(options.photographs).resolve().glob("*.jp*g")) if options.photographs else []
     if options.photographs and not photographs:
         raise UserError(f"--photographs: {options.photographs} holds no JPEG files")
-    workload = PairWorkload(str(model), shape, make_pairs(directory, shape, options.seed, photographs=photographs), **known)
+    # a model of the benchmark's kind knows as many words as its vocabulary has; others make tokens of any
+    pairs = make_pairs(directory, shape, options.seed, min(words.VOCABULARY, read_config(model).decoder.vocab_size), photographs)
+    workload = PairWorkload(str(model), shape, pairs, **known)
     run = {"rounds": options.rounds, "steps": options.steps, "platform": options.platform}
     report = step.measure(workload, directory, options.against, console, **run)
     return report, step.table(report)

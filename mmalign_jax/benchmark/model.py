@@ -40,7 +40,7 @@ def _large(side: int) -> dict[str, Any]:
             "num_attention_heads": 4, "image_size": side, "patch_size": 14, "projection_dim": 256,
         },
         "text_config": {
-            "model_type": "llama", "vocab_size": 32064, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
+            "model_type": "llama", "vocab_size": words.VOCABULARY, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
             "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "tie_word_embeddings": False,
             "bos_token_id": language.SPECIAL_TOKENS.index(language.BOS), "eos_token_id": language.SPECIAL_TOKENS.index(language.EOS),

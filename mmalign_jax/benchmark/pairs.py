@@ -73,7 +73,7 @@ class PairWorkload:
         return cls(shape=Shape(**plain.pop("shape")), pairs=pairs, **plain)
 
 
-def make_pairs(directory: Path, shape: Shape, seed: int, vocabulary: int = 32064, photographs: Sequence[Path] = ()) -> tuple[Pair, ...]:
+def make_pairs(directory: Path, shape: Shape, seed: int, vocabulary: int = words.VOCABULARY, photographs: Sequence[Path] = ()) -> tuple[Pair, ...]:
     """A batch of pairs of random words, with photographs in turn, or else with JPEG pictures of noise, which are written to `directory`."""
     known = words.vocabulary(vocabulary)
     # words that come again in another word's place are no problem; full stops and what stands without a space in front are none of ours

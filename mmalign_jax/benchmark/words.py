@@ -16,6 +16,7 @@ from mmalign_jax.scenes.language import CHAT_TEMPLATE, SPACE, SPECIAL_TOKENS, wr
 PROMPT = "Describe this picture in detail."
 SENTENCES = (4, 6)  # fewest and most of a description
 WORDS_TO_STOP = 12
+VOCABULARY = 32064  # tokens of the benchmark's own model, as LLaVA has
 
 _COLORS = ("red", "blue", "green", "yellow", "white", "black", "brown", "gray", "orange", "purple")
 _THINGS = (
