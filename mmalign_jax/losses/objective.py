@@ -107,6 +107,11 @@ class Objective:
         return max((branch.answer + 1 for branch in self._branches if branch.images == "other_image"), default=0)
 
     @property
+    def blind_reference(self) -> bool:
+        """Whether it reads what the reference says under black images; guidance reads the policy's alone."""
+        return Need.REFERENCE in self.needs and any(branch.images == "no_image" for branch in self._branches)
+
+    @property
     def view(self) -> str:
         """How the corrupted image is made, as `pairs.views.parse` reads it; "" where there is none."""
         corrupted = {Need.OTHER_IMAGE, Need.SELF_REJECTED} & self.needs

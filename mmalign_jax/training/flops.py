@@ -9,6 +9,7 @@ import jax
 from mmalign_jax.losses import Need, Objective
 from mmalign_jax.models.attention import Regions
 from mmalign_jax.models.config import MllmConfig
+from mmalign_jax.pairs import views
 from mmalign_jax.types import PairBatch
 
 # Peak dense bf16 FLOP/s of one JAX device, by `device_kind`, as the makers state them
@@ -23,9 +24,12 @@ class Work:
     """What a step computes beside the policy's pass over its rows.
 
     Args:
-      reference: the reference is computed, too, for everything that the policy is.
+      reference: the reference is computed, too, for everything that the policy is, but for what is blind or said.
       other_answers: answers under a corrupted image, with gradient.
-      blind_answers: answers under other images, without gradient.
+      blind_answers: answers under black images, without gradient.
+      blind_reference: the reference computes these, too.
+      said: what the policy finds likeliest under a corrupted image in the place of the chosen answer, and its log-probs under the row's own.
+      tower_gradients: passes of the tower with a gradient of the pixels, for a picture of each row.
       more_answers: further answers of every row behind the same prefix.
       vocabulary: log-probs are read at all.
     """
@@ -33,24 +37,31 @@ class Work:
     reference: bool = False
     other_answers: int = 0
     blind_answers: int = 0
+    blind_reference: bool = False
+    said: bool = False
+    tower_gradients: int = 0
     more_answers: int = 0
     vocabulary: bool = True
 
     @classmethod
     def of(cls, objective: Objective, *, live_reference: bool) -> "Work":
-        needs = objective.needs
-        blind = objective.answers if Need.NO_IMAGE in needs else 0
+        needs, view = objective.needs, objective.view
+        said = Need.SELF_REJECTED in needs
+        corruptions = (Need.OTHER_IMAGE in needs) + said  # each makes its own
         return cls(
             reference=live_reference,
             other_answers=objective.other_answers,
-            blind_answers=blind + (Need.SELF_REJECTED in needs),
+            blind_answers=objective.answers if Need.NO_IMAGE in needs else 0,
+            blind_reference=live_reference and objective.blind_reference,
+            said=said,
+            tower_gradients=corruptions * views.parse(view, "the objective's view").tower_gradients if view else 0,
             more_answers=int(Need.MISMATCHED in needs),
             vocabulary=objective.reads_logps,
         )
 
 
 def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Collection[str]) -> float:
-    """FLOPs of one step over all rows, recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
+    """FLOPs of one step over all rows, those of another data set, too; recomputation not counted: 2 N a token forward, 4 N backward, plus attention.
 
     Rows count, of however many pairs. Pictures that rows share count once; under a view, each row has its own. Where rows bring the tower's
     features, only black pictures count, one tile of each. Slots are counted as they are computed, padding too, and so are products of queries
@@ -72,24 +83,29 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
 
     regions = Regions(batch.prefix_slots, batch.answer_slots, c.bidirectional == "none", batch.longest)
 
+    def head(answers: int) -> float:
+        return answers * batch.answer_slots * c.width * c.vocab_size if work.vocabulary else 0
+
     def decoder(answers: int, passes: int) -> float:
         slots = batch.prefix_slots + answers * batch.answer_slots
         attention = 2 * c.layers * regions.products(answers) * c.heads * c.head_width
-        head = answers * batch.answer_slots * c.width * c.vocab_size if work.vocabulary else 0
-        return passes * (slots * c.layers * layer + attention + head)
+        return passes * (slots * c.layers * layer + attention + head(answers))
 
     tower = _tower(config, batch)
     # the features of a tower of which nothing trains serve policy and reference
-    if "vision_tower" in training:
-        of_tower = 2 + (4 if "vision_tower" not in freeze else 2) + theirs
-    else:
-        of_tower = 2
-    more = work.more_answers
-    total = rows * decoder(batch.answers + more, passes) + (0 if held else pictures * of_tower * tower)
-    others = ((work.other_answers, passes, rows * of_tower), (work.blind_answers, 2 + theirs, pictures * 2))
-    for answers, times, tower_times in others:
-        if answers:
-            total += rows * decoder(answers, times) + tower_times * tower
+    trains = "vision_tower" in training
+    of_tower = 2 + (4 if "vision_tower" not in freeze else 2) + theirs if trains else 2
+    total = rows * decoder(batch.answers + work.more_answers, passes) + (0 if held else pictures * of_tower * tower)
+    if work.other_answers:
+        total += rows * (decoder(work.other_answers, passes) + of_tower * tower)
+    if work.blind_answers:
+        beside = theirs if work.blind_reference else 0
+        total += rows * decoder(work.blind_answers, 2 + beside) + pictures * (2 + beside * trains) * tower
+    if work.said:
+        total += rows * (decoder(1, 2) + 2 * tower + passes * head(1))
+    total += rows * work.tower_gradients * 4 * tower
+    if batch.auxiliary is not None:
+        total += step_flops(config, batch.auxiliary, work=Work(), freeze=freeze)
     return float(total)
 
 

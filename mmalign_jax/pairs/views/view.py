@@ -41,6 +41,11 @@ class View:
         return self._kind.needs
 
     @property
+    def tower_gradients(self) -> int:
+        """How often `apply` computes features and the gradient of their images."""
+        return int(dict(self.arguments)["steps"]) if "features" in self.needs else 0
+
+    @property
     def float_pixels(self) -> bool:
         """Whether rounding to whole levels changes what the view is; give it float32 pixels, then nothing is rounded or clipped."""
         return self._kind.float_pixels
