@@ -82,7 +82,7 @@ def test_killed_and_gone_on(tmp_path, base, rows):
     killed = start(tmp_path / "killed", "configs/base.py", settings)
     wait_for(lambda: steps_done(tmp_path / "killed") >= 5, killed)
     killed.kill()
-    killed.wait()
+    killed.communicate()
     finish(start(tmp_path / "killed", "configs/base.py", settings))
     same_result(tmp_path / "killed", tmp_path / "whole", 12)
     files = [(tmp_path / name / "export/score_head.safetensors").read_bytes() for name in ("killed", "whole")]
