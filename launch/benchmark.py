@@ -88,7 +88,7 @@ def _step(model: Path, directory: Path, console: Console) -> tuple[dict[str, Any
     photographs = sorted(Path(options.photographs).resolve().glob("*.jp*g")) if options.photographs else []
     if options.photographs and not photographs:
         raise UserError(f"--photographs: {options.photographs} holds no JPEG files")
-    # a model of the benchmark's kind knows as many words as its vocabulary has; others make tokens of any
+    # of a model with the benchmark's kind of tokenizer these are the words that it knows
     pairs = make_pairs(directory, shape, options.seed, min(words.VOCABULARY, read_config(model).decoder.vocab_size), photographs)
     workload = PairWorkload(str(model), shape, pairs, **known)
     run = {"rounds": options.rounds, "steps": options.steps, "platform": options.platform}

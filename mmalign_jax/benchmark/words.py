@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from mmalign_jax.errors import UserError
 from mmalign_jax.scenes.language import CHAT_TEMPLATE, SPACE, SPECIAL_TOKENS, write_word_tokenizer
 
 PROMPT = "Describe this picture in detail."
@@ -52,7 +53,7 @@ def vocabulary(size: int) -> tuple[str, ...]:
     """`size` different tokens: the special ones, every word of the descriptions, and made-up words.
 
     Raises:
-      ValueError: the descriptions alone take more.
+      UserError: the descriptions alone take more.
     """
     frame = re.findall(r"\S+", "USER: ASSISTANT: " + PROMPT) + [".", "?"]
     fixed = [word for form in _FORMS for word in re.sub(r"{\w+}", " ", form).split() if word != "."]
@@ -60,7 +61,7 @@ def vocabulary(size: int) -> tuple[str, ...]:
     ends = [f"{word}." for word in (*_THINGS, *_PLACES)]
     known = [*SPECIAL_TOKENS, SPACE, "\n", *dict.fromkeys(SPACE + word for word in (*frame, *fixed, *lists, *ends)), "Describe"]
     if len(known) > size:
-        raise ValueError(f"a vocabulary of {size} tokens; the words of the descriptions take {len(known)}")
+        raise UserError(f"--model: its vocabulary has {size} tokens; the benchmark's words take {len(known)}; give a model with more")
     stops, out = sum(word.endswith(".") for word in known), list(known)
     for word in _made_up():
         if len(out) == size:

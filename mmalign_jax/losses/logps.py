@@ -24,6 +24,7 @@ class TokenStats:
     collision: Float[Array, "B K R"] | None = None  # log sum_v pi(v)^2
     entropy: Float[Array, "B K R"] | None = None  # nats
     kl: Float[Array, "B K R"] | None = None  # KL(reference || policy), nats
+    reference: Float[Array, "B K R"] | None = None  # with `kl`: log-probs by the reference, nats
     argmax: Int[Array, "B K R"] | None = None  # the likeliest token
 
 
@@ -206,7 +207,9 @@ def _of_chunk(
         out["entropy"] = total - jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
     if "kl" in wanted:
         theirs = _logits(hidden[1], heads[1], softcap)
-        gap = (theirs - logits) - (jax.nn.logsumexp(theirs, axis=-1) - total)[..., None]
+        their_total = jax.nn.logsumexp(theirs, axis=-1)
+        out["reference"] = jnp.sum(jnp.where(is_label, theirs, 0.0), axis=-1) - their_total
+        gap = (theirs - logits) - (their_total - total)[..., None]
         out["kl"] = jnp.sum(jax.nn.softmax(theirs, axis=-1) * gap, axis=-1)
     if "argmax" in wanted:
         choices = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)

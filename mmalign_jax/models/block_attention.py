@@ -112,7 +112,7 @@ def _check(blocks: tuple[QueryBlock, ...], queries: int, keys: int) -> None:
     at = 0
     for block in blocks:
         edges = [edge for piece in block.keys for edge in piece]
-        if block.start != at or edges != sorted(edges) or not 0 <= edges[0] <= edges[-1] <= keys:
+        if not at == block.start < block.stop or not edges or edges != sorted(edges) or not 0 <= edges[0] <= edges[-1] <= keys:
             raise ValueError(f"{block} behind query {at} of {queries}, with {keys} keys")
         at = block.stop
     if at != queries:

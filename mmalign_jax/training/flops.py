@@ -31,6 +31,8 @@ class Work:
       said: what the policy finds likeliest under a corrupted image in the place of the chosen answer, and its log-probs under the row's own.
       tower_gradients: passes of the tower with a gradient of the pixels, for a picture of each row.
       more_answers: further answers of every row behind the same prefix.
+      drawn: log-probs of the policy that drew the rows.
+      updates: of the policy on the same rows.
       vocabulary: log-probs are read at all.
     """
 
@@ -41,10 +43,13 @@ class Work:
     said: bool = False
     tower_gradients: int = 0
     more_answers: int = 0
+    drawn: bool = False
+    updates: int = 1
     vocabulary: bool = True
 
     @classmethod
-    def of(cls, objective: Objective, *, live_reference: bool) -> "Work":
+    def of(cls, objective: Objective, *, live_reference: bool, updates: int = 1, older_policy: bool = False) -> "Work":
+        """Args: older_policy: another than the step's drew the rows, where they are samples."""
         needs, view = objective.needs, objective.view
         said = Need.SELF_REJECTED in needs
         corruptions = (Need.OTHER_IMAGE in needs) + said  # each makes its own
@@ -56,8 +61,22 @@ class Work:
             said=said,
             tower_gradients=corruptions * views.parse(view, "the objective's view").tower_gradients if view else 0,
             more_answers=int(Need.MISMATCHED in needs),
+            drawn=Need.SAMPLED in needs and (updates > 1 or older_policy),
+            updates=updates,
             vocabulary=objective.reads_logps,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Products:
+    """Multiplications and additions of a forward pass: with weights, and of queries, keys and values with one another."""
+
+    linears: float
+    attention: float
+
+    def flops(self, forward: int, backward: int, weights: bool) -> float:
+        """Of so many passes, so many of which have a gradient: that of the inputs, and, where the weights train, theirs."""
+        return 2 * forward * (self.linears + self.attention) + backward * ((4 if weights else 2) * self.linears + 4 * self.attention)
 
 
 def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Collection[str]) -> float:
@@ -65,8 +84,9 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
 
     Rows count, of however many pairs. Pictures that rows share count once; under a view, each row has its own. Where rows bring the tower's
     features, only black pictures count, one tile of each. Slots are counted as they are computed, padding too, and so are products of queries
-    and keys. Frozen weights need no gradient of their own, only carry that of what trains in and below them. Low-rank factors themselves are not
-    counted: about 2 rank / width of their linears.
+    and keys. Frozen weights need no gradient of their own, only carry that of what trains in and below them. Of several updates on the same rows,
+    what the policy does not change counts once: the reference, and the features of a tower that does not train. Low-rank factors themselves are
+    not counted: about 2 rank / width of their linears.
 
     Args:
       freeze: parts whose own weights do not train. `config.lora` says which have factors that do.
@@ -77,40 +97,42 @@ def step_flops(config: MllmConfig, batch: PairBatch, *, work: Work, freeze: Coll
     pictures = math.prod(batch.features.shape[:-2] if held else batch.images.shape[:-4])
     layer = 2 * c.width * c.head_width * (c.heads + c.kv_heads) + 3 * c.width * c.mlp_width
     training = {"vision_tower", "projector", "decoder"} - set(freeze) | set(config.lora)
-    backward = 4 if "decoder" not in freeze else 2 if training else 0
-    theirs = 2 if work.reference else 0
-    passes = 2 + backward + theirs
-
+    n, theirs, trains = work.updates, int(work.reference), "vision_tower" in training
+    ours = n if training else 0
     regions = Regions(batch.prefix_slots, batch.answer_slots, c.bidirectional == "none", batch.longest)
 
     def head(answers: int) -> float:
         return answers * batch.answer_slots * c.width * c.vocab_size if work.vocabulary else 0
 
-    def decoder(answers: int, passes: int) -> float:
+    def decoder(answers: int, forward: int, backward: int) -> float:
         slots = batch.prefix_slots + answers * batch.answer_slots
-        attention = 2 * c.layers * regions.products(answers) * c.heads * c.head_width
-        return passes * (slots * c.layers * layer + attention + head(answers))
+        products = _Products(slots * c.layers * layer + head(answers), 2 * c.layers * regions.products(answers) * c.heads * c.head_width)
+        return products.flops(forward, backward, "decoder" not in freeze)
 
     tower = _tower(config, batch)
-    # the features of a tower of which nothing trains serve policy and reference
-    trains = "vision_tower" in training
-    of_tower = 2 + (4 if "vision_tower" not in freeze else 2) + theirs if trains else 2
-    total = rows * decoder(batch.answers + work.more_answers, passes) + (0 if held else pictures * of_tower * tower)
+
+    def see(forward: int, backward: int = 0) -> float:
+        """A tower of which nothing trains is computed once for policy, reference and all updates."""
+        return tower.flops(forward, backward, "vision_tower" not in freeze) if trains else tower.flops(1, 0, False)
+
+    total = rows * decoder(batch.answers + work.more_answers, n + theirs + work.drawn, ours)
+    total += 0 if held else pictures * see(n + theirs + work.drawn, n)
     if work.other_answers:
-        total += rows * (decoder(work.other_answers, passes) + of_tower * tower)
+        total += rows * (decoder(work.other_answers, n + theirs, ours) + see(n + theirs, n))
     if work.blind_answers:
-        beside = theirs if work.blind_reference else 0
-        total += rows * decoder(work.blind_answers, 2 + beside) + pictures * (2 + beside * trains) * tower
+        passes = n + theirs * work.blind_reference
+        total += rows * decoder(work.blind_answers, passes, 0) + pictures * see(passes)
     if work.said:
-        total += rows * (decoder(1, 2) + 2 * tower + passes * head(1))
-    total += rows * work.tower_gradients * 4 * tower
+        total += rows * (decoder(1, n, 0) + see(n) + _Products(head(1), 0).flops(n + theirs, ours, "decoder" not in freeze))
+    steps = work.tower_gradients * (n if trains else 1)
+    total += rows * tower.flops(steps, steps, False)
     if batch.auxiliary is not None:
-        total += step_flops(config, batch.auxiliary, work=Work(), freeze=freeze)
+        total += step_flops(config, batch.auxiliary, work=Work(updates=n), freeze=freeze)
     return float(total)
 
 
-def _tower(config: MllmConfig, batch: PairBatch) -> float:
-    """Products of the tower's pass over one row's pictures; over one black tile where rows bring features."""
+def _tower(config: MllmConfig, batch: PairBatch) -> _Products:
+    """Of one row's pictures; of one black tile where rows bring features."""
     v = config.vision
     if batch.patches is None:
         patches, tiles = v.patches, 1 if batch.images is None else batch.images.shape[-4]
@@ -123,9 +145,9 @@ def _tower(config: MllmConfig, batch: PairBatch) -> float:
             full = len(v.full_layers) / v.layers
             seen = full * tokens + (1 - full) * v.window_slots
     layer = 4 * v.width * v.width + (3 if v.gated else 2) * v.width * v.mlp_width
-    tower = tokens * config.used_vision_layers * (layer + 2 * seen * v.width)
-    tower += patches * 3 * v.frames_per_patch * v.patch_size**2 * v.width
-    return tiles * tower
+    of_pixels = patches * 3 * v.frames_per_patch * v.patch_size**2 * v.width
+    layers = tiles * config.used_vision_layers
+    return _Products(layers * tokens * layer + tiles * of_pixels, layers * tokens * 2 * seen * v.width)
 
 
 def mfu(flops: float, seconds: float) -> float | None:

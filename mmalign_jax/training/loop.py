@@ -146,7 +146,8 @@ def train(
                         state = checkpoints.restore(like, frozen)
                     console.line(f"Going on from the checkpoint of step {start}")
                 writer.truncate_after(start)
-                work = Work.of(objective, live_reference=reference.kind in ("live", "adapter_off", "ema"))
+                how = {"updates": config.train.updates, "older_policy": config.pairs.every > 1}
+                work = Work.of(objective, live_reference=reference.kind in ("live", "adapter_off", "ema"), **how)
                 with StopRequest() as stop:
                     run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop, work, measures, profile)
                     state = run(state, theirs, start)
@@ -283,7 +284,7 @@ class _Run:
     def _flops(self, batch: PairBatch) -> float:
         """Of a step on these rows of this process, as if all processes had rows of this shape: they do."""
         processes = self.config.train.batch_size / batch.record_key.size
-        return self.config.train.updates * processes * step_flops(self.sizes, batch, work=self.work, freeze=self.rule.frozen)
+        return processes * step_flops(self.sizes, batch, work=self.work, freeze=self.rule.frozen)
 
     def _speed(self, seconds: float, waiting: float, flops: float) -> dict[str, float]:
         """Means over the steps since the last log, compilation of new shapes included."""

@@ -95,6 +95,15 @@ def test_kl_from_itself_is_0():
     np.testing.assert_allclose(found.kl, 0.0, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [3, 128])
+def test_with_kl_come_the_references_own_log_probs(chunk):
+    arrays, reference = rows()
+    found = losses.answer_statistics(*arrays, **SLOTS, chunk=chunk, wanted=("kl",), reference=reference)
+    expected = losses.answer_statistics(*reference, *arrays[2:], **SLOTS)
+    np.testing.assert_allclose(found.reference, expected.logps, rtol=1e-6, atol=1e-6)
+    assert expected.reference is None and np.abs(found.reference - found.logps).max() > 0.1
+
+
 @pytest.mark.parametrize("name", ["kl", "entropy", "collision"])
 def test_gradient_equals_finite_differences_and_the_reference_gets_none(name):
     with jax.enable_x64(True):

@@ -87,6 +87,8 @@ def test_what_is_kept_by_name_spares_the_forward_pass():
         ((QueryBlock(0, 5, ((0, 9),)),), "the blocks end at query 5 of 7"),
         ((QueryBlock(0, 7, ((0, 10),)),), "with 9 keys"),
         ((QueryBlock(0, 7, ((0, 5), (4, 9))),), "QueryBlock"),
+        ((QueryBlock(0, 7, ()),), "QueryBlock"),
+        ((QueryBlock(0, 9, ((0, 9),)), QueryBlock(9, 7, ((0, 9),))), r"QueryBlock\(start=9, stop=7"),
     ],
 )  # fmt: skip
 def test_blocks_with_gaps_and_slots_that_are_not_there_are_refused(blocks, words):

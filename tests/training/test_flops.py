@@ -7,17 +7,19 @@ import numpy as np
 import pytest
 from helpers.checkpoints import tiny_llava
 from helpers.jaxprs import product_flops
-from helpers.tiny import FROZEN_TOWER, MIXED, Tiny, batch_of
+from helpers.tiny import MIXED, Tiny, batch_of
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from mmalign_jax import losses
 from mmalign_jax.data.packing import PackedShape
 from mmalign_jax.models.config import Lora
+from mmalign_jax.models.mllm import Mllm
 from mmalign_jax.models.params import abstract_params
 from mmalign_jax.models.presets import preset
 from mmalign_jax.training.flops import Work, mfu, step_flops
 from mmalign_jax.training.loss import LossFunction
 from mmalign_jax.training.packed import packed_flops
+from mmalign_jax.training.trainable import Trainable
 from mmalign_jax.types import PairBatch
 
 SIZES = preset("llava-1.5-7b")
@@ -57,7 +59,8 @@ def test_what_costs_more():
 @pytest.mark.parametrize(("freeze", "share"), [(("vision_tower", "decoder"), 6 / 8), (("vision_tower", "projector", "decoder"), 4 / 8)])
 def test_a_frozen_decoder_still_carries_gradients_to_what_trains_below(freeze, share):
     some = batch(1, images=0)
-    np.testing.assert_allclose(flops(some, freeze=freeze), share * flops(some))
+    # attention has no weights, so none of it is spared
+    np.testing.assert_allclose(flops(some, freeze=freeze), share * flops(some), rtol=0.01)
 
 
 def lora_flops(some, parts=(), freeze=("vision_tower", "projector", "decoder")):
@@ -68,10 +71,10 @@ def lora_flops(some, parts=(), freeze=("vision_tower", "projector", "decoder")):
 def test_lora_carries_the_gradient_and_has_none_for_the_weights():
     text, picture = batch(1, images=0), batch(1)
     for freeze in (("vision_tower", "projector", "decoder"), ("vision_tower", "decoder")):
-        np.testing.assert_allclose(lora_flops(text, ["decoder"], freeze), 6 / 8 * flops(text))
+        np.testing.assert_allclose(lora_flops(text, ["decoder"], freeze), 6 / 8 * flops(text), rtol=0.01)
     # a tower with factors is computed for policy and for reference, and once more for the gradient
     tower = [lora_flops(picture, parts) - lora_flops(text, parts) for parts in ((), ["vision_tower"])]
-    np.testing.assert_allclose(tower[1], 3 * tower[0])
+    np.testing.assert_allclose(tower[1], 3 * tower[0], rtol=0.05)
 
 
 def test_pictures_that_rows_share_count_once():
@@ -107,34 +110,53 @@ def test_rows_of_several_pairs_count_as_rows():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return Tiny.load(tiny_llava(tmp_path_factory.mktemp("tiny"), layout="memory"), remat="none")
+    return Tiny.load(tiny_llava(tmp_path_factory.mktemp("tiny"), layout="memory"))
 
 
-# what is computed beside the answers under the row's own pictures: nothing, another row's answer, corrupted pictures, black ones, what is said
-# under corrupted ones, adversarial ones, another data set
-OBJECTIVES = {"sft": {}, "dpo": {}, "simpo": {}, "kto": {}, "mdpo": {}, "v_dpo": {}, "povid": {"view": "black"}, "adpo": {}, "ha_dpo": {}}
-BLIND = {"bias_weight": 0.5}
+# beside the answers under the row's own pictures: nothing, another row's answer, corrupted pictures, black ones, what is said under corrupted ones,
+# adversarial ones, another data set, the whole vocabulary
+OBJECTIVES = {"sft": {}, "simpo": {}, "kto": {}, "mdpo": {}, "povid": {"view": "black"}, "adpo": {}, "ha_dpo": {}, "tdpo": {}}
+BLIND = {"bias_weight": 0.5}  # the reference sees black pictures, too
+EVERYTHING = ("vision_tower", "projector", "decoder")
+SETTINGS = [
+    *((name, given, TOWER, ()) for name, given in OBJECTIVES.items()),
+    *(("v_dpo", given, freeze, ()) for given in ({}, BLIND) for freeze in (TOWER, ())),
+    *((name, OBJECTIVES[name], (), ()) for name in ("mdpo", "povid", "adpo")),
+    ("simpo", {}, ("vision_tower", "decoder"), ()),
+    ("simpo", {}, ("decoder",), ()),
+    ("simpo", {}, EVERYTHING, ("decoder",)),
+    ("mdpo", {}, EVERYTHING, ("vision_tower", "decoder")),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "hyperparameters", "tower_trains"),
-    [(*some, False) for some in OBJECTIVES.items()]
-    + [("v_dpo", BLIND, False), ("v_dpo", BLIND, True), ("mdpo", {}, True), ("adpo", {}, True)],
-)  # fmt: skip
-def test_the_formula_counts_the_products_of_the_step(tiny, name, hyperparameters, tower_trains):
-    """But for the projector's, and scores that the backward pass computes again, which here are 4 to 7 %."""
-    loss = LossFunction(tiny.model, losses.build(name, **hyperparameters))
+@pytest.mark.parametrize(("name", "hyperparameters", "freeze", "lora"), SETTINGS, ids=str)
+def test_the_formula_counts_the_products_of_the_step(tiny, name, hyperparameters, freeze, lora):
+    """But for the projector's, low-rank factors', and scores that the backward pass computes again. The tower is as much work as the decoder."""
+    config = dataclasses.replace(tiny.config, vision=dataclasses.replace(tiny.config.vision, width=64, mlp_width=256))
+    config = config.with_lora({part: Lora(1, 1.0, ("query",)) for part in lora})
+    loss = LossFunction(Mllm(config, tiny.processor.mean, tiny.processor.std, remat="none"), losses.build(name, **hyperparameters))
     rows = batch_of(MIXED, tiny.processor, answers=loss.objective.answers)
     if name == "ha_dpo":
         rows = dataclasses.replace(rows, auxiliary=batch_of(MIXED[::-1], tiny.processor, answers=1))
-    freeze = () if tower_trains else TOWER
-    params, frozen = (tiny.params, {}) if tower_trains else FROZEN_TOWER.split(tiny.params)
+    params, frozen = Trainable(frozenset(freeze)).split(abstract_params(config))
     reference = params if loss.reads_reference else None
-    step = lambda params: jax.value_and_grad(loss, has_aux=True)(params, frozen, reference, rows, jax.random.key(0))  # noqa: E731
-    jaxpr = jax.make_jaxpr(step)(params).jaxpr
+    step = lambda params, frozen, reference: jax.value_and_grad(loss, has_aux=True)(params, frozen, reference, rows, jax.random.key(0))  # noqa: E731
+    jaxpr = jax.make_jaxpr(step)(params, frozen, reference).jaxpr
     computed = product_flops(dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
-    found = step_flops(tiny.config, rows, work=Work.of(loss.objective, live_reference=reference is not None), freeze=freeze)
-    assert 0.925 < found / computed < 0.97
+    found = step_flops(config, rows, work=Work.of(loss.objective, live_reference=reference is not None), freeze=freeze)
+    assert 0.94 < found / computed < 0.99
+
+
+def test_updates_count_what_the_policy_changes():
+    """Further updates are steps without a reference, and without a tower that does not train; who drew samples scores them once."""
+    picture, text = batch(1), batch(1, images=0)
+    of = lambda some, freeze=TOWER, **work: step_flops(SIZES, some, work=Work(**work), freeze=freeze)  # noqa: E731
+    np.testing.assert_allclose(of(picture, reference=True, updates=3), of(picture, reference=True) + 2 * of(text))
+    np.testing.assert_allclose(of(picture, freeze=(), reference=True, updates=3), of(picture, (), reference=True) + 2 * of(picture, ()))
+    np.testing.assert_allclose(of(text, drawn=True), of(text, reference=True))
+    objective = losses.build("grpo")
+    assert [Work.of(objective, live_reference=True, **how).drawn for how in ({}, {"updates": 2}, {"older_policy": True})] == [False, True, True]
+    assert not Work.of(losses.build("dpo"), live_reference=True, updates=2).drawn
 
 
 def test_mfu_is_not_guessed_for_an_unknown_device():
