@@ -16,6 +16,7 @@ from mmalign_jax.benchmark.compare import Estimate, Spread, z_of_means, z_of_sha
 from mmalign_jax.benchmark.items import Timed
 from mmalign_jax.benchmark.model import hf_config, write_model
 from mmalign_jax.benchmark.workload import Item, Options, Result, Workload, make_items
+from mmalign_jax.errors import UserError
 from mmalign_jax.hf.import_ import read_config
 from mmalign_jax.hf.processor import load_processor
 from mmalign_jax.models.params import abstract_params
@@ -44,10 +45,10 @@ def sides(workload):
 
 
 def test_the_vocabulary():
-    tokens = words.vocabulary(32064)
-    assert len(set(tokens)) == len(tokens) == 32064 and tokens[: len(words.SPECIAL_TOKENS)] == words.SPECIAL_TOKENS
+    tokens = words.vocabulary(words.VOCABULARY)
+    assert len(set(tokens)) == len(tokens) == words.VOCABULARY == 32064 and tokens[: len(words.SPECIAL_TOKENS)] == words.SPECIAL_TOKENS
     assert sum(token.endswith(".") for token in tokens) / len(tokens) == pytest.approx(1 / words.WORDS_TO_STOP, rel=0.01)
-    with pytest.raises(ValueError, match="take"):
+    with pytest.raises(UserError, match="--model: its vocabulary has 50 tokens; the benchmark's words take 164"):
         words.vocabulary(50)
 
 
