@@ -146,7 +146,7 @@ def train(
                         state = checkpoints.restore(like, frozen)
                     console.line(f"Going on from the checkpoint of step {start}")
                 writer.truncate_after(start)
-                how = {"updates": config.train.updates, "older_policy": config.pairs.every > 1}
+                how = {"updates": updates, "older_policy": bool(sampler)}
                 work = Work.of(objective, live_reference=reference.kind in ("live", "adapter_off", "ema"), **how)
                 with StopRequest() as stop:
                     run = _Run(config, rule, mesh, sizes, loss, step, batches, checkpoints, writer, console, stop, work, measures, profile)

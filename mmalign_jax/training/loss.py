@@ -168,10 +168,12 @@ class _Pass:
         wanted = tuple(name for need, name in ((Need.COLLISION, "collision"), (Need.KL, "kl")) if need in self.needs)
         pair = (self.their_hidden, self.reference.head()) if "kl" in wanted else None
         tokens = self.policy.tokens(self.hidden, self.batch, wanted, pair)
-        theirs = tokens.reference
-        if theirs is None and self.reference is not None:
+        theirs = None
+        if tokens.reference is not None:
+            theirs = tokens.reference
+        elif self.reference is not None:
             theirs = self.reference.tokens(self.their_hidden, self.batch).logps
-        elif theirs is None and self.loss.reads_reference:
+        elif self.loss.reads_reference:
             theirs = self.batch.by_answer(self.batch.reference_logps)
         elif Need.REFERENCE in self.needs:
             theirs = jnp.zeros_like(tokens.logps)

@@ -68,6 +68,13 @@ def test_divergence_and_collision_are_those_of_the_whole_vocabulary(tiny, refere
     np.testing.assert_allclose(collision, np.sum(np.log(np.exp(2 * ours).sum(-1)) * mask, axis=-1), rtol=1e-4)
 
 
+def test_the_reference_says_the_same_beside_the_divergence(tiny, reference, batch):
+    """Which reads it of the same logits."""
+    found, expected = (statistics(tiny, reference, batch, name).answers for name in ("tdpo", "dpo"))
+    assert np.abs(expected.reference - expected.policy).min() > 1e-2
+    np.testing.assert_allclose(found.reference, expected.reference, rtol=1e-6)
+
+
 def test_tokens_add_up_and_weights_act_on_changed_ones(tiny, reference, batch):
     stats = statistics(tiny, reference, batch, "ddpo")
     np.testing.assert_allclose((stats.answers.policy_tokens * stats.answers.token_weight).sum(-1), stats.answers.policy, rtol=1e-6)
