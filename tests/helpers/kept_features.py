@@ -3,11 +3,9 @@
 import dataclasses
 import io
 import json
-import re
 import shutil
 
 import jax
-from helpers.arrays import none_stay
 from helpers.tiny import MIXED, record
 
 from mmalign_jax.config import from_mapping
@@ -48,17 +46,6 @@ class Case:
 # two rows of each of four sets of the same two pictures
 FOUR = (*MIXED[:2], MIXED[3], record("turned", "What?", "A red cat.", "No, a dog.", images=[2, 1]))
 EIGHT = [dataclasses.replace(one, id=f"{one.id} {half}") for one in FOUR for half in range(2)]
-
-
-def written(policy, directory):
-    """The directory, with the features of `MIXED`."""
-    some = Case(policy, directory)
-    with none_stay():  # no parameter is kept
-        some.kept()
-    said = some.said.getvalue()
-    assert re.search(r"those of 0 of 2 pictures are reused; those of 2 pictures take [\d.e-]+ GiB, and .* has [\d.]+ GiB free", said)
-    assert "Computing vision features: done" in said
-    return directory
 
 
 def pictures(directory):

@@ -9,8 +9,8 @@ import types
 import jax
 import numpy as np
 import pytest
-from helpers.checkpoints import tensors, tiny_llava
-from helpers.kept_features import EIGHT, Case, changed, one_device, pictures, settings, written
+from helpers.checkpoints import tensors
+from helpers.kept_features import EIGHT, Case, changed, one_device, pictures, settings
 from helpers.tiny import MIXED, noise_png, record
 from safetensors.torch import save_file
 
@@ -23,22 +23,6 @@ from mmalign_jax.report.console import Console
 from mmalign_jax.training import kept_features
 from mmalign_jax.training.kept_features import KeptFeatures
 from mmalign_jax.types import Media
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_llava(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def policy(base):
-    return Pretrained.read(base, one_device())
-
-
-@pytest.fixture(scope="module")
-def cache(policy, tmp_path_factory):
-    """The features of `MIXED`, whose two pictures are shown by three rows. It is not changed."""
-    return written(policy, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.nightly

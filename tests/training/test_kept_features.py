@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.checkpoints import tiny_llava
 from helpers.families import KINDS, all_cases, one_a_kind
-from helpers.kept_features import EIGHT, Case, one_device, settings, written
+from helpers.kept_features import EIGHT, Case, one_device, settings
 from helpers.tiny import FROZEN_TOWER, MIXED
 
 from mmalign_jax import losses
@@ -29,22 +28,6 @@ from mmalign_jax.training.monitors import Monitor
 from mmalign_jax.types import record_key
 
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_llava(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def policy(base):
-    return Pretrained.read(base, one_device())
-
-
-@pytest.fixture(scope="module")
-def cache(policy, tmp_path_factory):
-    """The features of `MIXED`, whose two pictures are shown by three rows. It is not changed."""
-    return written(policy, tmp_path_factory.mktemp("cache"))
 
 
 def both_ways(some, run, devices=0, tower=False):

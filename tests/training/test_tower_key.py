@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.checkpoints import tensors, tiny_llava
 from helpers.families import KINDS, all_cases, one_a_kind
-from helpers.kept_features import Case, changed, one_device, written
+from helpers.kept_features import Case, changed, one_device
 from safetensors.torch import save_file
 
 from mmalign_jax.data.feature_store import FeatureStore
@@ -19,22 +19,6 @@ from mmalign_jax.hf.pretrained import Pretrained
 from mmalign_jax.report.console import Console
 from mmalign_jax.training import cache_key, kept_features
 from mmalign_jax.training.kept_features import KeptFeatures
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_llava(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def policy(base):
-    return Pretrained.read(base, one_device())
-
-
-@pytest.fixture(scope="module")
-def cache(policy, tmp_path_factory):
-    """The features of `MIXED`, whose two pictures are shown by three rows. It is not changed."""
-    return written(policy, tmp_path_factory.mktemp("cache"))
 
 
 def refused(some, directory, *words):
